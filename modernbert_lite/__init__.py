@@ -1,0 +1,61 @@
+"""ModernBERT from Hugging Face safetensors: embeddings, reranking, masked language modelling."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .batch import PackedBatch, from_padded, pack, to_padded, unpack
+    from .config import CheckpointError, ModernBertConfig, read_config
+    from .embedder import Embedder
+    from .fill_mask import FillMask
+    from .pooling import quantize_embeddings
+    from .reranker import Reranker
+    from .weights import load_model
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CheckpointError": "config",
+    "Embedder": "embedder",
+    "FillMask": "fill_mask",
+    "ModernBertConfig": "config",
+    "PackedBatch": "batch",
+    "Reranker": "reranker",
+    "from_padded": "batch",
+    "load_model": "weights",
+    "pack": "batch",
+    "quantize_embeddings": "pooling",
+    "read_config": "config",
+    "to_padded": "batch",
+    "unpack": "batch",
+}
+
+__all__ = [
+    "CheckpointError",
+    "Embedder",
+    "FillMask",
+    "ModernBertConfig",
+    "PackedBatch",
+    "Reranker",
+    "__version__",
+    "from_padded",
+    "load_model",
+    "pack",
+    "quantize_embeddings",
+    "read_config",
+    "to_padded",
+    "unpack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: `import modernbert_lite` costs milliseconds; torch (about a second) comes with the first real name.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

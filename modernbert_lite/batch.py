@@ -1,0 +1,113 @@
+"""Packed batches: sequences end to end, no padding. A padded tensor exists only at this file's edge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+DEFAULT_BATCH_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B sequences end to end. Build it with `pack`; every layer takes it whole, so none can forget a part of it.
+
+    seqlens [5, 7, 2] -> cu_seqlens [0, 5, 12, 14], max_seqlen 7, position_ids [0..4, 0..6, 0, 1], T = 14
+    """
+
+    input_ids: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (B + 1,) int32, where each sequence starts and the last one ends
+    max_seqlen: int
+    position_ids: Tensor  # (T,) int64, from 0 in each sequence
+    seqlens: tuple[int, ...]  # the lengths on the host: asking the device for them would wait for it
+    max_id: int  # the largest id, on the host for the same reason (-1 if T is 0)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+        )
+
+
+def pack(sequences: Iterable[Sequence[int] | Tensor], device: torch.device | str | None = None) -> PackedBatch:
+    """Sequences of token ids (lists or 1-D integer tensors, empty ones allowed) -> one PackedBatch.
+
+    Raises ValueError for ids that are not whole numbers or are negative, naming the sequence.
+    """
+    parts = []
+    for i, sequence in enumerate(sequences):
+        part = torch.as_tensor(sequence)
+        if part.dim() != 1 or (part.numel() and (part.is_floating_point() or part.dtype == torch.bool)):
+            raise ValueError(
+                f"sequence {i} has shape {tuple(part.shape)} and dtype {part.dtype}; "
+                "each sequence must be one-dimensional token ids (whole numbers)"
+            )
+        parts.append(part.to(torch.int64))
+    seqlens = tuple(len(part) for part in parts)
+    ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    low, high = (int(v) for v in ids.aminmax()) if len(ids) else (0, -1)
+    if low < 0:
+        bad = next(i for i, part in enumerate(parts) if len(part) and int(part.min()) < 0)
+        raise ValueError(f"sequence {bad} holds the token id {int(parts[bad].min())}; ids start at 0")
+    starts = [0, *accumulate(seqlens)]
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=ids.device)
+    lengths = torch.tensor(seqlens, dtype=torch.int64, device=ids.device)
+    position_ids = torch.arange(len(ids), device=ids.device) - cu_seqlens[:-1].long().repeat_interleave(lengths)
+    batch = PackedBatch(ids, cu_seqlens, max(seqlens, default=0), position_ids, seqlens, high)
+    return batch if device is None else batch.to(device)
+
+
+def unpack(tensor: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+    """(T, ...) -> B views of (seqlen, ...), one a sequence."""
+    return list(tensor.split(cu_seqlens.diff().tolist()))
+
+
+def from_padded(input_ids: Tensor, attention_mask: Tensor | None = None) -> PackedBatch:
+    """(B, S) ids and a (B, S) mask of 0 and 1 (None: all ones), padded on either side -> PackedBatch."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if input_ids.dim() != 2 or mask.shape != input_ids.shape:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)} and attention_mask {tuple(mask.shape)}; both must be (B, S)"
+        )
+    mask = mask.bool()
+    # A hole would shift the positions of what follows it, and with them RoPE and the local window.
+    edges = mask.int().diff(dim=1, prepend=mask.new_zeros(len(mask), 1, dtype=torch.int32))
+    holes = ((edges == 1).sum(1) > 1).nonzero()
+    if len(holes):
+        raise ValueError(f"row {int(holes[0])} of attention_mask has a hole; real tokens must be next to each other")
+    return pack([row[keep] for row, keep in zip(input_ids, mask, strict=True)], input_ids.device)
+
+
+def to_padded(tensor: Tensor, attention_mask: Tensor, value: float = 0.0) -> Tensor:
+    """(T, ...) in the order of `from_padded` -> (B, S, ...), `value` where attention_mask is 0."""
+    mask = attention_mask.bool()
+    if int(mask.sum()) != len(tensor):
+        raise ValueError(f"attention_mask has {int(mask.sum())} real tokens, the packed tensor {len(tensor)}")
+    out = tensor.new_full((*mask.shape, *tensor.shape[1:]), value)
+    out[mask] = tensor
+    return out
+
+
+def plan_batches(lengths: Sequence[int], max_tokens: int = DEFAULT_BATCH_TOKENS) -> list[list[int]]:
+    """Indices of sequences, longest first, in groups of at most `max_tokens`; a longer sequence goes alone.
+
+    lengths [3, 9, 4, 2], max_tokens 8 -> [[1], [2, 0], [3]]
+    """
+    if max_tokens < 1:
+        raise ValueError(f"batch_tokens is {max_tokens}; it must be at least 1")
+    groups: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if not groups or lengths[i] > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(i)
+        room -= lengths[i]
+    return groups

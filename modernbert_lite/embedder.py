@@ -1,0 +1,201 @@
+"""Texts -> vectors, as the repository's sentence-transformers files say."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import pooling
+from .batch import DEFAULT_BATCH_TOKENS, PackedBatch
+from .config import CheckpointError
+from .model import ModernBert
+from .pipeline import Checkpoint, Pipeline, check_text, length
+from .pooling import quantize_embeddings
+from .st_config import Dense, Pooling, finish
+
+
+class Embedder(Pipeline):
+    """An embedding model. `prompts`, `default_prompt_name`, `similarity_fn_name` and `max_seq_length` are the
+    repository's own; `dimension` is the width of its vectors before `truncate_dim`."""
+
+    def __init__(self, checkpoint: Checkpoint, truncate_dim: int | None = None, **options: Any):
+        sentence = checkpoint.sentence
+        architecture = checkpoint.config.architecture
+        if sentence.pooling is None and "ForMaskedLM" not in architecture and architecture != "ModernBertModel":
+            right = "Reranker" if "ForSequenceClassification" in architecture else "load_model"
+            raise CheckpointError(
+                f"{checkpoint.root} holds a {architecture}, a classifier and no embedding model: use {right} for it"
+            )
+        if sentence.pooling is None:
+            warnings.warn(
+                f"{checkpoint.root} has no pooling files: it is not an embedding model. Its tokens are averaged, and "
+                "unrelated texts will look alike",
+                stacklevel=4,
+            )
+        super().__init__(checkpoint, ModernBert, **options)
+        self.prompts = dict(sentence.prompts or {})
+        self.default_prompt_name = sentence.default_prompt_name
+        self.similarity_fn_name = sentence.similarity_fn_name
+        self.pooling = sentence.pooling or Pooling()
+        self.normalizes = sentence.normalize
+        self.lower_case = sentence.lower_case
+        self.dense = [Dense(checkpoint.root / path, self.device) for path in sentence.dense_paths]
+        width = self.config.hidden_size * len(self.pooling.modes)
+        self.dimension = self.dense[-1].out_features if self.dense else width
+        self.truncate_dim = self._check_dim(truncate_dim)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        max_seq_length: int | None = None,
+        truncate_dim: int | None = None,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        on_long: str = "truncate",
+    ) -> Embedder:
+        """path_or_id: a folder, a hub id, or None for the bundled model (said on stderr). device, dtype, revision,
+        token, local_files_only: as in `load_model`. max_seq_length, truncate_dim: instead of the repository's.
+        batch_tokens: the most tokens in a batch. on_long: "truncate" or "error" for texts over max_seq_length.
+
+        Raises CheckpointError for a checkpoint that is missing, damaged, unsupported or no embedding model.
+        """
+        checkpoint = Checkpoint.find(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
+        return cls(
+            checkpoint,
+            truncate_dim,
+            device=device,
+            dtype=dtype,
+            max_length=max_seq_length,
+            batch_tokens=batch_tokens,
+            on_long=on_long,
+        )
+
+    @overload
+    def encode(self, sentences: str | Iterable[str], *, convert_to_tensor: Literal[True], **kwargs: Any) -> Tensor: ...
+    @overload
+    def encode(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray: ...
+
+    def encode(
+        self,
+        sentences: str | Iterable[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        ranges: np.ndarray | None = None,
+        convert_to_tensor: bool = False,
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray | Tensor:
+        """Vectors of texts, (N, dimension) in their order; of one string, (dimension,).
+
+        sentences: a string, or any iterable of strings, which is read lazily in bounded memory.
+        prompt: put before every text; or prompt_name, one of `prompts`; neither: the repository's default.
+        normalize_embeddings: unit length (some repositories always do). truncate_dim: the first so many numbers, cut
+        before normalising. precision, ranges: see `quantize_embeddings`. show_progress_bar: None shows one on a
+        terminal. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode.
+        """
+        single = isinstance(sentences, str)
+        texts = [sentences] if isinstance(sentences, str) else sentences
+        stream = self.stream(
+            texts,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
+            show_progress_bar=show_progress_bar,
+        )
+        width = self._check_dim(truncate_dim) or self.truncate_dim or self.dimension
+        vectors = quantize_embeddings(_gather(stream, length(texts), width), precision, ranges)
+        vectors = vectors[0] if single else vectors
+        return torch.from_numpy(vectors) if convert_to_tensor else vectors
+
+    def encode_query(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray:
+        """`encode` with the prompt named "query", if the repository has one."""
+        return self._encode_as(("query",), sentences, kwargs)
+
+    def encode_document(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray:
+        """`encode` with the prompt named "document", "passage" or "corpus", if the repository has one."""
+        return self._encode_as(("document", "passage", "corpus"), sentences, kwargs)
+
+    def stream(
+        self,
+        sentences: Iterable[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> Iterator[np.ndarray]:
+        """As `encode`, but yields blocks of vectors (n, dimension), fp32, in order, as they are ready."""
+        prompt = self._resolve_prompt(prompt_name, prompt)
+        skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
+        unit = normalize_embeddings or self.normalizes
+        dim = self._check_dim(truncate_dim) or self.truncate_dim
+
+        def forward(batch: PackedBatch) -> Tensor:
+            pooled = pooling.pool(self.model(batch), batch, self.pooling.modes, skip)
+            return finish(pooled, self.dense, unit, dim).cpu()
+
+        def texts() -> Iterator[str]:
+            for i, text in enumerate(sentences):
+                text = prompt + check_text(text, i)
+                yield text.lower() if self.lower_case else text
+
+        for rows in self.run(texts(), forward, show_progress_bar, length(sentences)):
+            yield torch.stack(rows).numpy()
+
+    def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> np.ndarray:
+        """(N, D) and (M, D) -> (N, M) by `similarity_fn_name`; distances (euclidean, manhattan) are negated."""
+        a, b = (torch.atleast_2d(torch.as_tensor(e).float()) for e in (embeddings1, embeddings2))
+        if a.shape[1] != b.shape[1]:
+            raise ValueError(f"embeddings have {a.shape[1]} and {b.shape[1]} dimensions; they must have the same")
+        if self.similarity_fn_name == "cosine":
+            return (pooling.normalize(a) @ pooling.normalize(b).T).numpy()
+        if self.similarity_fn_name == "dot":
+            return (a @ b.T).numpy()
+        return -torch.cdist(a, b, p=2.0 if self.similarity_fn_name == "euclidean" else 1.0).numpy()
+
+    def _encode_as(self, names: tuple[str, ...], sentences: str | Iterable[str], kwargs: dict[str, Any]) -> np.ndarray:
+        if kwargs.get("prompt") is None and kwargs.get("prompt_name") is None:
+            kwargs["prompt_name"] = next((name for name in names if name in self.prompts), None)
+        return self.encode(sentences, **kwargs)
+
+    def _resolve_prompt(self, name: str | None, prompt: str | None) -> str:
+        if prompt is not None:
+            return check_text(prompt, 0)
+        name = self.default_prompt_name if name is None else name
+        if name is not None and name not in self.prompts:
+            raise ValueError(f"prompt_name is {name!r}; this model has {sorted(self.prompts) or 'no prompts'}")
+        return "" if name is None else self.prompts[name]
+
+    def _check_dim(self, dim: int | None) -> int | None:
+        if dim is not None and not 0 < dim <= self.dimension:
+            raise ValueError(f"truncate_dim is {dim}; it must be from 1 to {self.dimension}")
+        return dim
+
+
+def _gather(stream: Iterator[np.ndarray], total: int | None, width: int) -> np.ndarray:
+    """The blocks in one array that is never copied: made whole where the length is known, else grown in place."""
+    out = np.empty((total or 0, width), np.float32)
+    filled = 0
+    for block in stream:
+        if filled + len(block) > len(out):
+            out.resize((filled + len(block), width), refcheck=False)
+        out[filled : filled + len(block)] = block
+        filled += len(block)
+    return out

@@ -1,0 +1,95 @@
+"""Texts with [MASK] -> the likeliest tokens in its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .batch import DEFAULT_BATCH_TOKENS, PackedBatch
+from .config import CheckpointError
+from .heads import MaskedLM
+from .pipeline import Checkpoint, Pipeline, check_text, length
+
+Prediction = dict[str, Any]
+_ROWS = 256  # [MASK]s whose logits, a vocabulary wide, are held at a time
+
+
+class FillMask(Pipeline):
+    """A masked language model. `mask_token` is what stands for the missing token in a text."""
+
+    def __init__(self, checkpoint: Checkpoint, **options: Any):
+        architecture = checkpoint.config.architecture
+        if "ForMaskedLM" not in architecture:
+            raise CheckpointError(f"{checkpoint.root} holds a {architecture}; FillMask needs a ...ForMaskedLM")
+        super().__init__(checkpoint, MaskedLM, **options)
+        if self.tokenizer.mask_token is None:
+            raise CheckpointError(f"the tokenizer in {checkpoint.folder} has no mask token")
+        self.mask_token = self.tokenizer.mask_token
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        max_seq_length: int | None = None,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        on_long: str = "truncate",
+    ) -> FillMask:
+        """As `Embedder.from_pretrained`; raises CheckpointError for a checkpoint that is no masked language model."""
+        checkpoint = Checkpoint.find(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
+        return cls(
+            checkpoint,
+            device=device,
+            dtype=dtype,
+            max_length=max_seq_length,
+            batch_tokens=batch_tokens,
+            on_long=on_long,
+        )
+
+    def predict(
+        self, texts: str | Iterable[str], *, top_k: int = 5, show_progress_bar: bool | None = None
+    ) -> list[Any]:
+        """For every text a list of its [MASK]s, each a list of {"token", "token_id", "score"}, likeliest first; of
+        one string, that list alone. "token" is as decoded, with its leading space; "score" its probability.
+
+        Raises ValueError for a text without [MASK] (or whose [MASK] was cut off), naming it.
+        """
+        if not 0 < top_k <= self.config.vocab_size:
+            raise ValueError(f"top_k is {top_k}; it must be from 1 to {self.config.vocab_size}")
+        single = isinstance(texts, str)
+        items = [texts] if isinstance(texts, str) else texts
+
+        def forward(batch: PackedBatch) -> list[list[list[Prediction]]]:
+            where = (batch.input_ids == self.tokenizer.mask_token_id).nonzero().flatten()
+            masks = [
+                [
+                    {"token": self.tokenizer.decode(i), "token_id": i, "score": p}
+                    for p, i in zip(scores.tolist(), ids.tolist(), strict=True)
+                ]
+                for rows in where.split(_ROWS)
+                for scores, ids in zip(*self.model(batch, rows).float().softmax(-1).topk(top_k), strict=True)
+            ]
+            owners = torch.bucketize(where.int(), batch.cu_seqlens, right=True) - 1
+            results: list[list[list[Prediction]]] = [[] for _ in batch.seqlens]
+            for owner, predictions in zip(owners.tolist(), masks, strict=True):
+                results[owner].append(predictions)
+            return results
+
+        checked = (check_text(text, i) for i, text in enumerate(items))
+        filled = [row for block in self.run(checked, forward, show_progress_bar, length(items)) for row in block]
+        if [] in filled:
+            raise ValueError(
+                f"text {filled.index([])} has no {self.mask_token} in its first {self.max_seq_length} tokens; "
+                "put one where a token is missing"
+            )
+        return filled[0] if single else filled  # type: ignore[no-any-return]
+
+    __call__ = predict

@@ -1,0 +1,153 @@
+"""What Embedder, Reranker and FillMask share: loading, and texts -> packed batches -> results in the caller's order."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .batch import DEFAULT_BATCH_TOKENS, PackedBatch, pack, plan_batches
+from .config import ModernBertConfig, read_config
+from .st_config import SentenceConfig, max_seq_length, read_sentence_config
+from .tokenizer import Text, Tokenizer
+from .weights import BUNDLED, find_checkpoint, load_weights
+
+ON_LONG = ("truncate", "error")
+# A window of texts is tokenized, sorted and embedded at a time: this bounds memory, whatever the input's length.
+_WINDOW_TEXTS, _WINDOW_CHARACTERS = 4_096, 1 << 20
+_DEFAULT_MODEL = "Alibaba-NLP/gte-modernbert-base"
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder, opened as far as config files go."""
+
+    folder: Path  # of the network's files
+    root: Path  # of modules.json: the same, except in old repositories that have 0_Transformer/
+    config: ModernBertConfig
+    sentence: SentenceConfig
+
+    @classmethod
+    def find(cls, name: Any, **hub: Any) -> Checkpoint:
+        """hub: revision, token, local_files_only."""
+        if name is None:
+            name = BUNDLED
+            print(
+                f"modernbert-lite: using the bundled model {BUNDLED!r} (English, 384 dimensions). A stronger one: "
+                f"{_DEFAULT_MODEL} (--model in the shell, the first argument in Python).",
+                file=sys.stderr,
+            )
+        root = find_checkpoint(name, **hub)
+        sentence = read_sentence_config(root)
+        folder = root / sentence.transformer_path
+        return cls(folder, root, read_config(folder), sentence)
+
+
+class Pipeline:
+    """A network, its tokenizer, and how they are fed."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        network: type[nn.Module],
+        *,
+        device: str | torch.device | None,
+        dtype: str | torch.dtype | None,
+        max_length: int | None,
+        batch_tokens: int,
+        on_long: str,
+    ):
+        if on_long not in ON_LONG:
+            raise ValueError(f"on_long is {on_long!r}; it must be one of {', '.join(ON_LONG)}")
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+        config = checkpoint.config
+        longest = max_seq_length(checkpoint.sentence, checkpoint.folder, config.max_position_embeddings)
+        self.config = config
+        self.max_seq_length = longest if max_length is None else max_length
+        self.batch_tokens = batch_tokens
+        self.on_long = on_long
+        self.tokenizer = Tokenizer(checkpoint.folder, self.max_seq_length)
+        self.model = load_weights(network, config, checkpoint.folder, device=device, dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    def run(
+        self,
+        texts: Iterable[Text],
+        forward: Callable[[PackedBatch], Sequence[R] | Tensor],
+        show_progress_bar: bool | None,
+        total: int | None,
+    ) -> Iterator[list[R]]:
+        """Lists of results in the order of the texts, one list a window; `forward` gives one result a sequence.
+
+        Texts longer than max_seq_length are cut and counted in one warning at the end (on_long "truncate"), or are a
+        ValueError ("error")."""
+        seen = truncated = 0
+        with closing(_progress(total, show_progress_bar)) as bar:
+            for window in _windows(texts):
+                ids, cut = self.tokenizer.encode(window, seen)
+                if cut and self.on_long == "error":
+                    long = next(i for i, text in enumerate(window) if self.tokenizer.encode([text])[1])
+                    raise ValueError(
+                        f"text {seen + long} is longer than {self.max_seq_length} tokens, and on_long is 'error'; "
+                        "shorten it, or let it be cut with on_long='truncate'"
+                    )
+                results: list[Any] = [None] * len(window)
+                for group in plan_batches([len(sequence) for sequence in ids], self.batch_tokens):
+                    with torch.inference_mode():
+                        rows = forward(pack([ids[i] for i in group], self.device))
+                    for i, row in zip(group, rows, strict=True):
+                        results[i] = row
+                    bar.update(len(group))
+                seen, truncated = seen + len(window), truncated + cut
+                yield results
+        if truncated:
+            warnings.warn(
+                f"{truncated} of {seen} texts were longer than {self.max_seq_length} tokens and were cut", stacklevel=4
+            )
+
+
+def check_text(text: object, i: int) -> str:
+    """`text`, if it is a string. Raises TypeError saying which one is not, and what it is."""
+    if not isinstance(text, str):
+        raise TypeError(f"text {i} is {type(text).__name__} ({text!r:.60}); each text must be a str")
+    return text
+
+
+def length(items: object) -> int | None:
+    """How many items there are, if that can be known without reading them."""
+    return len(items) if isinstance(items, Sized) else None
+
+
+def _windows(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    window: list[Text] = []
+    characters = 0
+    for text in texts:
+        window.append(text)
+        characters += len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+        if len(window) == _WINDOW_TEXTS or characters >= _WINDOW_CHARACTERS:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window
+
+
+def _progress(total: int | None, show: bool | None) -> Any:
+    """A bar on stderr, after a second of work; None: only where stderr is a terminal."""
+    from tqdm import tqdm  # comes with huggingface-hub
+
+    shown = sys.stderr.isatty() if show is None else show
+    return tqdm(total=total, desc="texts", disable=not shown, delay=1.0 if show is None else 0.0, file=sys.stderr)

@@ -1,0 +1,123 @@
+"""From token vectors to sequence vectors: pooling over a packed batch, normalising, quantising."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batch import PackedBatch
+
+PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
+
+
+def cls(x: Tensor, batch: PackedBatch) -> Tensor:
+    """The first token of each sequence: (T, C) -> (B, C)."""
+    _no_empty(batch, "cls")
+    return x[batch.cu_seqlens[:-1].long()]
+
+
+def lasttoken(x: Tensor, batch: PackedBatch) -> Tensor:
+    """The last token of each sequence: (T, C) -> (B, C)."""
+    _no_empty(batch, "lasttoken")
+    return x[batch.cu_seqlens[1:].long() - 1]
+
+
+def mean(x: Tensor, batch: PackedBatch) -> Tensor:
+    """(T, C) -> (B, C) fp32; zeros for an empty sequence."""
+    return _sum(x, batch) / _lengths(batch).clamp(min=1)
+
+
+def mean_sqrt_len_tokens(x: Tensor, batch: PackedBatch) -> Tensor:
+    """Sum over the root of the length: (T, C) -> (B, C) fp32."""
+    return _sum(x, batch) / _lengths(batch).clamp(min=1).sqrt()
+
+
+def weightedmean(x: Tensor, batch: PackedBatch) -> Tensor:
+    """Mean weighted by position, 1, 2, ..: (T, C) -> (B, C) fp32."""
+    weights = (batch.position_ids + 1).float()[:, None]
+    return _sum(x.float() * weights, batch) / _sum(weights, batch).clamp(min=1)
+
+
+def max(x: Tensor, batch: PackedBatch) -> Tensor:
+    """Elementwise maximum: (T, C) -> (B, C) fp32."""
+    _no_empty(batch, "max")
+    return torch.segment_reduce(x.float(), "max", offsets=batch.cu_seqlens.long())
+
+
+# In the order in which sentence-transformers concatenates several active modes.
+POOLING: dict[str, Callable[[Tensor, PackedBatch], Tensor]] = {
+    "cls": cls,
+    "max": max,
+    "mean": mean,
+    "mean_sqrt_len_tokens": mean_sqrt_len_tokens,
+    "weightedmean": weightedmean,
+    "lasttoken": lasttoken,
+}
+
+
+def pool(x: Tensor, batch: PackedBatch, modes: Sequence[str], skip: int = 0) -> Tensor:
+    """The modes side by side: (T, C) -> (B, len(modes) * C) fp32. The first `skip` tokens of each sequence (a prompt)
+    don't count; a sequence of no more than `skip` tokens keeps its last one."""
+    if skip:
+        x, batch = _without_prompt(x, batch, skip)
+    return torch.cat([POOLING[mode](x, batch).float() for mode in modes], dim=-1)
+
+
+def _without_prompt(x: Tensor, batch: PackedBatch, skip: int) -> tuple[Tensor, PackedBatch]:
+    # Positions are kept as they were: `weightedmean` weighs what remains by its place in the whole sequence.
+    left = tuple(n - min(skip, n - 1) if n else 0 for n in batch.seqlens)
+    lengths = torch.tensor([n for n in batch.seqlens for _ in range(n)], device=x.device)
+    keep = batch.position_ids >= torch.minimum(torch.full_like(lengths, skip), lengths - 1)
+    cu_seqlens = F.pad(torch.tensor(left, dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32), (1, 0))
+    return x[keep], replace(
+        batch, cu_seqlens=cu_seqlens, seqlens=left, position_ids=batch.position_ids[keep], input_ids=batch.input_ids[keep]
+    )
+
+
+def _sum(x: Tensor, batch: PackedBatch) -> Tensor:
+    return torch.segment_reduce(x.float(), "sum", offsets=batch.cu_seqlens.long(), initial=0)
+
+
+def _lengths(batch: PackedBatch) -> Tensor:
+    return batch.cu_seqlens.diff().float()[:, None]
+
+
+def _no_empty(batch: PackedBatch, mode: str) -> None:
+    if 0 in batch.seqlens:
+        raise ValueError(f"sequence {batch.seqlens.index(0)} has no tokens: {mode!r} pooling needs at least one")
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Rows of unit length: (B, C) -> (B, C); a zero row stays zero."""
+    return F.normalize(x, p=2.0, dim=-1, eps=1e-12)
+
+
+def quantize_embeddings(embeddings: np.ndarray, precision: str, ranges: np.ndarray | None = None) -> np.ndarray:
+    """(N, C) float -> the precision, as sentence-transformers defines it.
+
+    int8, uint8: each dimension's range is cut in 255 steps; `ranges` is (2, C), the minima and maxima of a calibration
+    set (without it: of these embeddings, of which there must be two or more). binary, ubinary: the signs, eight to a
+    byte, (N, ceil(C / 8)) int8 or uint8. Raises ValueError for an unknown precision, or ranges of another shape.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    if precision in ("float32", "float16"):
+        return embeddings.astype(precision)
+    if precision.endswith("binary"):
+        bits = np.packbits(embeddings > 0, axis=-1)
+        return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
+    if embeddings.ndim != 2 or (ranges is None and len(embeddings) == 1):
+        raise ValueError(f"one embedding has no range to cut into {precision}: pass `ranges`, or two texts or more")
+    if len(embeddings) == 0:
+        return embeddings.astype(precision)
+    ranges = np.stack([embeddings.min(0), embeddings.max(0)]) if ranges is None else np.asarray(ranges, np.float32)
+    if ranges.shape != (2, embeddings.shape[1]):
+        raise ValueError(f"ranges has shape {ranges.shape}; it must be (2, {embeddings.shape[1]}): minima and maxima")
+    steps = (ranges[1] - ranges[0]) / 255
+    levels = np.clip(np.floor((embeddings - ranges[0]) / np.where(steps == 0, 1, steps)), 0, 255)
+    return (levels - (128 if precision == "int8" else 0)).astype(precision)

@@ -1,0 +1,126 @@
+"""Pairs of texts -> scores: a cross-encoder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import DEFAULT_BATCH_TOKENS, PackedBatch
+from .config import CheckpointError
+from .heads import SequenceClassifier
+from .pipeline import Checkpoint, Pipeline, check_text, length
+from .st_config import score_activation
+
+Pair = tuple[str, str]
+
+
+class Reranker(Pipeline):
+    """A sequence classifier that reads two texts at once. `labels` are the names of its outputs, mostly one."""
+
+    def __init__(self, checkpoint: Checkpoint, **options: Any):
+        architecture = checkpoint.config.architecture
+        if "ForSequenceClassification" not in architecture:
+            right = {"ModernBertModel": "Embedder", "ModernBertForMaskedLM": "FillMask"}.get(architecture, "load_model")
+            raise CheckpointError(f"{checkpoint.root} holds a {architecture}, no reranker: use {right} for it")
+        super().__init__(checkpoint, SequenceClassifier, **options)
+        self.labels = self.config.labels
+        named = checkpoint.sentence.activation_fn or self.config.activation_fn
+        self.activation_fn = score_activation(named or ("Sigmoid" if len(self.labels) == 1 else "Identity"))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        max_seq_length: int | None = None,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        on_long: str = "truncate",
+    ) -> Reranker:
+        """As `Embedder.from_pretrained`; raises CheckpointError for a checkpoint that is no sequence classifier."""
+        checkpoint = Checkpoint.find(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
+        return cls(
+            checkpoint,
+            device=device,
+            dtype=dtype,
+            max_length=max_seq_length,
+            batch_tokens=batch_tokens,
+            on_long=on_long,
+        )
+
+    def predict(
+        self,
+        pairs: Pair | Sequence[str] | Iterable[Pair],
+        *,
+        activation_fn: Callable[[Tensor], Tensor] | str | None = None,
+        apply_softmax: bool = False,
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray:
+        """Scores of pairs, (N,) for one label, else (N, labels); fp32. One pair of strings gives one row.
+
+        activation_fn: on the logits; a function or a name ("identity", "sigmoid"); None: what the checkpoint names,
+        else the sigmoid for one label and nothing for more. apply_softmax: over the labels, if there are several.
+        Raises TypeError or ValueError for an item that is not two strings.
+        """
+        single = isinstance(pairs, (list, tuple)) and len(pairs) == 2 and all(isinstance(p, str) for p in pairs)
+        items: Any = [pairs] if single else pairs
+        activate = score_activation(activation_fn) if isinstance(activation_fn, str) else activation_fn
+        activate = activate or self.activation_fn
+
+        def forward(batch: PackedBatch) -> Tensor:
+            scores = activate(self.model(batch).float())
+            if len(self.labels) == 1:
+                return scores.squeeze(-1).cpu()
+            return (torch.softmax(scores, -1) if apply_softmax else scores).cpu()
+
+        rows = [row for block in self.run(_pairs(items), forward, show_progress_bar, length(items)) for row in block]
+        shape = () if len(self.labels) == 1 else (len(self.labels),)
+        scores = torch.stack(rows).numpy() if rows else np.empty((0, *shape), np.float32)
+        return scores[0] if single else scores  # type: ignore[no-any-return]
+
+    def rank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        show_progress_bar: bool | None = None,
+    ) -> list[dict[str, Any]]:
+        """[{"corpus_id", "score", "text"}], best first; "text" with return_documents. Equal scores keep their order.
+
+        Raises ValueError for a model of several labels, which has no one score to rank by.
+        """
+        if len(self.labels) != 1:
+            raise ValueError(f"this model has {len(self.labels)} labels; rank needs one of a single label. Use predict")
+        documents = list(documents)
+        scores = self.predict([(query, document) for document in documents], show_progress_bar=show_progress_bar)
+        return ranked(scores, documents, top_k, return_documents)
+
+
+def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_documents: bool) -> list[dict[str, Any]]:
+    """Scores (N,) and their documents -> the best `top_k`, best first."""
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    order = np.argsort(-scores, kind="stable")[:top_k]
+    results: list[dict[str, Any]] = [{"corpus_id": int(i), "score": float(scores[i])} for i in order]
+    if return_documents:
+        for result in results:
+            result["text"] = documents[result["corpus_id"]]
+    return results
+
+
+def _pairs(items: Iterable[Any]) -> Iterator[Pair]:
+    for i, item in enumerate(items):
+        if isinstance(item, str) or not isinstance(item, (list, tuple)) or len(item) != 2:
+            raise TypeError(f"pair {i} is {type(item).__name__} ({item!r:.60}); each must be two strings")
+        yield check_text(item[0], i), check_text(item[1], i)

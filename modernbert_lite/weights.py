@@ -1,0 +1,299 @@
+"""A folder or hub id -> checked safetensors -> a network. Pickle files are never read, code is never run."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .config import CheckpointError, ModernBertConfig, inside, read_config, read_json
+from .heads import MaskedLM, network_class
+from .model import ModernBert
+
+BUNDLED = "tiny"
+INDEX = "model.safetensors.index.json"
+# Without these a model still opens, and may give other numbers: a cache that doesn't know whether the repository has
+# them is not complete.
+_OPTIONAL = (
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+_NEEDED_PATTERNS = [
+    "config.json",
+    "tokenizer.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    INDEX,
+    *_OPTIONAL,
+    "sentence_*_config.json",
+    "[0-9]*_*/*.json",
+    "[0-9]*_*/model.safetensors",
+]
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_BASE_PARTS = ("embeddings", "layers", "final_norm")
+_HEAD_PARTS = ("head", "decoder", "classifier")
+_MAX_HEADER_BYTES = 16 << 20
+
+
+def load_model(
+    path_or_id: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> nn.Module:
+    """The bare network named by `architectures`, in eval mode, its weights frozen.
+
+    path_or_id: a folder with config.json and safetensors, a hub id such as "answerdotai/ModernBERT-base" (opened from
+    the cache without asking the network if it is there), or "tiny", the bundled model.
+    device: default CUDA if there is one, else the CPU. dtype: default float32 on the CPU, bfloat16 on CUDA (float16
+    where the card has no bfloat16). Raises CheckpointError for a checkpoint that is missing, damaged or unsupported.
+    """
+    folder = find_checkpoint(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
+    config = read_config(folder)
+    return load_weights(network_class(config.architecture), config, folder, device=device, dtype=dtype)
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or CUDA if there is one, else the CPU. Raises ValueError for a device that isn't there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(1, device=picked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from None
+    return picked
+
+
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """`dtype`, or what suits the device. Raises ValueError for one that isn't known."""
+    if dtype is None:
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    picked = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if picked not in _DTYPES.values():
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+    return picked
+
+
+def find_checkpoint(
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a checkpoint: itself, the bundled one, or a snapshot in the hub's cache, downloaded if need be."""
+    name = os.fspath(path_or_id)
+    if name == BUNDLED:
+        return Path(__file__).parent / BUNDLED
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if not name or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        raise CheckpointError(f"{name!r} is not a folder; give a checkpoint's folder, a hub id, or {BUNDLED!r}")
+    return _from_hub(name, revision, token, local_files_only)
+
+
+def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_files_only: bool) -> Path:
+    """Cache first: no request at all when the snapshot is complete."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    wanted: dict[str, Any] = {"repo_id": repo, "revision": revision, "allow_patterns": _NEEDED_PATTERNS}
+    cached: Path | None = None
+    try:
+        cached = Path(hub.snapshot_download(**wanted, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo!r} is neither a folder nor a hub id: {error}") from None
+    if cached is not None and _is_complete(cached, repo, revision):
+        return cached
+    if local_files_only or hub.constants.HF_HUB_OFFLINE:
+        if cached is not None:
+            return cached
+        raise CheckpointError(f"{repo} is not in the hub cache, and the network is not allowed (offline mode)")
+    try:
+        folder = Path(hub.snapshot_download(**wanted, token=token))
+        for name in _OPTIONAL:  # leaves a note in the cache that the repository has no such file
+            if not (folder / name).is_file():
+                try:
+                    hub.hf_hub_download(repo, name, revision=folder.name, token=token)
+                except EntryNotFoundError:
+                    pass
+        return folder
+    except Exception as error:  # noqa: BLE001  the hub's clients raise errors of several libraries
+        if cached is not None and _has_weights(cached):
+            warnings.warn(f"the hub could not be reached; using what the cache has of {repo}", stacklevel=5)
+            return cached
+        raise CheckpointError(f"{repo} could not be downloaded: {str(error).strip() or type(error).__name__}") from None
+
+
+def _is_complete(folder: Path, repo: str, revision: str | None) -> bool:
+    import huggingface_hub as hub
+
+    def known(name: str) -> bool:  # there, or known not to be
+        return (folder / name).is_file() or hub.try_to_load_from_cache(repo, name, revision=folder.name) is not None
+
+    files = ["config.json", "tokenizer.json", *_OPTIONAL]
+    if not _has_weights(folder) or not all(known(name) for name in files):
+        return False
+    if not (folder / "modules.json").is_file():
+        return True
+    paths = [m.get("path") for m in read_modules(folder) if str(m.get("type")).endswith((".Pooling", ".Dense"))]
+    return all((folder / str(path) / "config.json").is_file() for path in paths)
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        return all(path.is_file() for path in weight_files(folder))
+    except CheckpointError:
+        return False
+
+
+def read_modules(folder: Path) -> list[dict[str, Any]]:
+    """modules.json of sentence-transformers: a list of {"idx", "name", "path", "type"}."""
+    import json
+
+    path = folder / "modules.json"
+    try:
+        modules = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
+        raise CheckpointError(f"{path} must hold a list of objects")
+    return modules
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that its index names. Raises CheckpointError if there is neither."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if (folder / INDEX).is_file():
+        shards = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map")
+        return [inside(folder, shard, INDEX) for shard in sorted(set(map(str, shards.values())))]
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    found = f"it has only {', '.join(pickled)}; pickle files can run code and are never read. " if pickled else ""
+    raise CheckpointError(
+        f"no model.safetensors in {folder}: {found}Convert a pickle checkpoint once, where you trust it: "
+        "python -c \"from transformers import AutoModel as M; M.from_pretrained('FOLDER').save_pretrained('NEW')\""
+    )
+
+
+def open_safetensors(path: Path) -> Any:
+    """A memory-mapped safetensors file. Raises CheckpointError for one that is missing, cut short or malformed."""
+    try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > _MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: its header claims {header} bytes, more than {_MAX_HEADER_BYTES}: damaged")
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} can't be read as safetensors ({error}): damaged or cut short?") from None
+
+
+def load_weights(
+    network: type[nn.Module],
+    config: ModernBertConfig,
+    folder: Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> nn.Module:
+    """Builds `network` on the meta device and gives it the folder's tensors, one by one, so that there are never two
+    copies; a tensor that needs no conversion stays memory-mapped. Missing, unexpected or misshapen tensors, and values
+    that aren't finite, are a CheckpointError that names them."""
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    with torch.device("meta"):
+        model = network(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found, problems = _match(weight_files(folder), expected, model)
+    tied = isinstance(model, MaskedLM) and config.tie_word_embeddings
+    missing = [name for name in expected if name not in found and not (tied and name == "decoder.weight")]
+    problems = [f"missing {name}" for name in missing] + problems
+    for name, (file, key) in found.items():
+        shape = tuple(file.get_slice(key).get_shape())
+        if shape != expected[name]:
+            problems.append(f"{key} has the shape {shape}, the config asks for {expected[name]}")
+    if problems:
+        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise CheckpointError(f"{folder} doesn't fit its config.json: {'; '.join(problems[:12])}{more}")
+
+    state = {name: _read(file, key, device, dtype) for name, (file, key) in found.items()}
+    if tied:
+        embedding = state["model.embeddings.tok_embeddings.weight"]
+        if not torch.equal(state.setdefault("decoder.weight", embedding), embedding):
+            raise CheckpointError(
+                f"{folder}: decoder.weight differs from the embeddings, and tie_word_embeddings is true in config.json"
+            )
+        state["decoder.weight"] = embedding
+    model.load_state_dict(state, strict=True, assign=True)
+    if isinstance(model, MaskedLM) and tied:
+        model.decoder.weight = model.model.embeddings.tok_embeddings.weight
+    return model.eval().requires_grad_(False)
+
+
+def load_dense(folder: Path, expected: dict[str, tuple[Any, ...]], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a sentence-transformers Dense module, in fp32, checked against the shapes that its config gives."""
+    files = [(open_safetensors(path), path) for path in weight_files(folder)]
+    keys = {key: file for file, _ in files for key in file.keys()}  # noqa: SIM118
+    shapes = {key: tuple(file.get_slice(key).get_shape()) for key, file in keys.items()}
+    if shapes != expected:
+        raise CheckpointError(f"{folder}: its config.json asks for {expected}, the file has {shapes}")
+    return {key: _read(file, key, device, torch.float32) for key, file in keys.items()}
+
+
+def _match(
+    files: Iterable[Path], expected: dict[str, tuple[int, ...]], model: nn.Module
+) -> tuple[dict[str, tuple[Any, str]], list[str]]:
+    """name in the network -> (open file, key in it), and what is wrong. The encoder's keys may have the prefix
+    `model.` or not, whatever the class: an encoder opens a head's file too, and leaves the head out."""
+    prefix = "" if isinstance(model, ModernBert) else "model."
+    found: dict[str, tuple[Any, str]] = {}
+    problems = []
+    for path in files:
+        file = open_safetensors(path)
+        for key in file.keys():  # noqa: SIM118  not a dict
+            bare = key.removeprefix("model.")
+            part = bare.partition(".")[0]
+            name = prefix + bare if part in _BASE_PARTS else key
+            if isinstance(model, ModernBert) and part in _HEAD_PARTS:
+                continue
+            if name not in expected:
+                problems.append(f"unexpected {key}")
+            elif name in found:
+                problems.append(f"{found[name][1]} and {key} are the same tensor")
+            else:
+                found[name] = (file, key)
+    return found, problems
+
+
+def _read(file: Any, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = file.get_tensor(key)
+    if tensor.dtype not in (*_DTYPES.values(), torch.float64):
+        raise CheckpointError(f"{key} is stored as {tensor.dtype}; only {', '.join(_DTYPES)} are read")
+    converted = tensor.to(device=device, dtype=dtype)
+    # One pass: a sum is finite only if every term is (fp32 can't overflow from summing sane weights).
+    if not torch.isfinite(converted.sum(dtype=torch.float32)):
+        bad = int((~torch.isfinite(tensor)).sum())
+        how = f"{bad} values that are NaN or infinite" if bad else f"values too large for {dtype}"
+        raise CheckpointError(f"{key} holds {how}: the checkpoint is damaged, or needs another dtype")
+    return converted

@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """gelu(x @ first half of weight (2N, K)) * (x @ second half) -> (T, N): no pass over memory between the products."""
+    """gelu(x @ first half of weight (2N, K)) * (x @ second half) -> (T, N), nothing between the products."""
     first, second = _packed_parts(weight, 2)
     bias1, bias2 = (None, None) if bias is None else bias.chunk(2)
     return _multiply_and(x, _multiply(x, first, bias1, "gelu"), second, bias2, "mul")
@@ -71,20 +71,20 @@ def _packed_parts(weight: Tensor, parts: int) -> list[Tensor]:
     state = (weight._version, weight.data_ptr(), parts)
     if weight not in _packed or _packed[weight][0] != state:
         _packed[weight] = (state, [_pack(part) for part in weight.detach().chunk(parts)])
-    return _packed[weight][1]  # type: ignore[no-any-return]
+    return _packed[weight][1]
 
 
 def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, None)  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, post: str = "none") -> Tensor:
     algorithm = "none" if post == "gelu" else ""  # of gelu: "none" is the exact one, by erf
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, post, [], algorithm)  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, post, [], algorithm)
 
 
 def _multiply_and(x: Tensor, other: Tensor, packed: Tensor, bias: Tensor | None, op: str) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, bias, op)  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, bias, op)
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

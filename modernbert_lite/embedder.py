@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,11 +82,6 @@ class Embedder(Pipeline):
             on_long=on_long,
         )
 
-    @overload
-    def encode(self, sentences: str | Iterable[str], *, convert_to_tensor: Literal[True], **kwargs: Any) -> Tensor: ...
-    @overload
-    def encode(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray: ...
-
     def encode(
         self,
         sentences: str | Iterable[str],
@@ -97,9 +92,8 @@ class Embedder(Pipeline):
         truncate_dim: int | None = None,
         precision: str = "float32",
         ranges: np.ndarray | None = None,
-        convert_to_tensor: bool = False,
         show_progress_bar: bool | None = None,
-    ) -> np.ndarray | Tensor:
+    ) -> np.ndarray:
         """Vectors of texts, (N, dimension) in their order; of one string, (dimension,).
 
         sentences: a string, or any iterable of strings, which is read lazily in bounded memory.
@@ -120,8 +114,7 @@ class Embedder(Pipeline):
         )
         width = self._check_dim(truncate_dim) or self.truncate_dim or self.dimension
         vectors = quantize_embeddings(_gather(stream, length(texts), width), precision, ranges)
-        vectors = vectors[0] if single else vectors
-        return torch.from_numpy(vectors) if convert_to_tensor else vectors
+        return vectors[0] if single else vectors
 
     def encode_query(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray:
         """`encode` with the prompt named "query", if the repository has one."""
@@ -161,7 +154,7 @@ class Embedder(Pipeline):
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> np.ndarray:
         """(N, D) and (M, D) -> (N, M) by `similarity_fn_name`; distances (euclidean, manhattan) are negated."""
-        a, b = (torch.atleast_2d(torch.as_tensor(e).float()) for e in (embeddings1, embeddings2))
+        a, b = (torch.as_tensor(e).float().reshape(-1, np.shape(e)[-1]) for e in (embeddings1, embeddings2))
         if a.shape[1] != b.shape[1]:
             raise ValueError(f"embeddings have {a.shape[1]} and {b.shape[1]} dimensions; they must have the same")
         if self.similarity_fn_name == "cosine":

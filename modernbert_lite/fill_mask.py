@@ -68,7 +68,7 @@ class FillMask(Pipeline):
         items = [texts] if isinstance(texts, str) else texts
 
         def forward(batch: PackedBatch) -> list[list[list[Prediction]]]:
-            where = (batch.input_ids == self.tokenizer.mask_token_id).nonzero().flatten()
+            where = batch.input_ids.eq(self.tokenizer.mask_token_id or 0).nonzero().flatten()
             masks = [
                 [
                     {"token": self.tokenizer.decode(i), "token_id": i, "score": p}
@@ -90,6 +90,6 @@ class FillMask(Pipeline):
                 f"text {filled.index([])} has no {self.mask_token} in its first {self.max_seq_length} tokens; "
                 "put one where a token is missing"
             )
-        return filled[0] if single else filled  # type: ignore[no-any-return]
+        return filled[0] if single else filled
 
     __call__ = predict

@@ -19,6 +19,7 @@ from torch import Tensor
 from .batch import PackedBatch
 from .config import Rope
 
+OPS = ("linear", "layer_norm", "rope", "attention", "geglu")
 BACKENDS = ("auto", "torch", "triton", "onednn")
 # The fast implementations beside the reference, by op. Triton is taken on request only, until it is chosen by
 # measurements on real cards.

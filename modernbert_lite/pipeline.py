@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .batch import DEFAULT_BATCH_TOKENS, PackedBatch, pack, plan_batches
+from .batch import PackedBatch, pack, plan_batches
 from .config import ModernBertConfig, read_config
 from .st_config import SentenceConfig, max_seq_length, read_sentence_config
 from .tokenizer import Text, Tokenizer
@@ -23,8 +23,6 @@ ON_LONG = ("truncate", "error")
 # A window of texts is tokenized, sorted and embedded at a time: this bounds memory, whatever the input's length.
 _WINDOW_TEXTS, _WINDOW_CHARACTERS = 4_096, 1 << 20
 _DEFAULT_MODEL = "Alibaba-NLP/gte-modernbert-base"
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -87,11 +85,12 @@ class Pipeline:
     def run(
         self,
         texts: Iterable[Text],
-        forward: Callable[[PackedBatch], Sequence[R] | Tensor],
+        forward: Callable[[PackedBatch], Any],
         show_progress_bar: bool | None,
         total: int | None,
-    ) -> Iterator[list[R]]:
-        """Lists of results in the order of the texts, one list a window; `forward` gives one result a sequence.
+    ) -> Iterator[list[Any]]:
+        """Lists of results in the order of the texts, one list a window; `forward` gives one result
+        a sequence (a tensor or list of B).
 
         Texts longer than max_seq_length are cut and counted in one warning at the end (on_long "truncate"), or are a
         ValueError ("error")."""

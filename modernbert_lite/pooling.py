@@ -75,7 +75,11 @@ def _without_prompt(x: Tensor, batch: PackedBatch, skip: int) -> tuple[Tensor, P
     keep = batch.position_ids >= torch.minimum(torch.full_like(lengths, skip), lengths - 1)
     cu_seqlens = F.pad(torch.tensor(left, dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32), (1, 0))
     return x[keep], replace(
-        batch, cu_seqlens=cu_seqlens, seqlens=left, position_ids=batch.position_ids[keep], input_ids=batch.input_ids[keep]
+        batch,
+        cu_seqlens=cu_seqlens,
+        seqlens=left,
+        position_ids=batch.position_ids[keep],
+        input_ids=batch.input_ids[keep],
     )
 
 

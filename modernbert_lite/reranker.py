@@ -85,7 +85,7 @@ class Reranker(Pipeline):
         rows = [row for block in self.run(_pairs(items), forward, show_progress_bar, length(items)) for row in block]
         shape = () if len(self.labels) == 1 else (len(self.labels),)
         scores = torch.stack(rows).numpy() if rows else np.empty((0, *shape), np.float32)
-        return scores[0] if single else scores  # type: ignore[no-any-return]
+        return scores[0] if single else scores
 
     def rank(
         self,

@@ -154,13 +154,13 @@ class Dense:
         config = read_json(folder / "config.json")
         if config.get("module_input_name") not in (None, "sentence_embedding"):
             raise CheckpointError(
-                f"{folder}: this Dense works on {config['module_input_name']!r}; an Embedder has 'sentence_embedding' only"
+                f"{folder}: this Dense works on {config['module_input_name']!r}, not on 'sentence_embedding'"
             )
         # sentence-transformers' default, where the key is absent, is Tanh.
         self.activation = score_activation(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
         sizes = config.get("in_features"), config.get("out_features")
         self.residual = bool(config.get("use_residual"))
-        expected = {"linear.weight": (sizes[1], sizes[0])}
+        expected: dict[str, tuple[Any, ...]] = {"linear.weight": (sizes[1], sizes[0])}
         if config.get("bias", True):
             expected["linear.bias"] = (sizes[1],)
         if self.residual and sizes[0] != sizes[1]:

@@ -32,12 +32,12 @@ class Tokenizer:
                 raise ValueError(f"max_seq_length is {max_length}; the template alone takes {special} tokens")
             # Whatever truncation and padding the file holds is overridden.
             self._rust.no_padding()
-            self._rust.enable_truncation(
-                max_length, strategy="longest_first", direction=settings.get("truncation_side") or "right"
-            )
-        except BaseException as error:
+            direction = settings.get("truncation_side") or "right"
+            self._rust.enable_truncation(max_length, strategy="longest_first", direction=direction)
+        except BaseException as error:  # noqa: BLE001  a Rust panic is no Exception
             raise _readable(error, f"{path} can't be read") from None
         self.max_length = max_length
+        self._keeps_beginning = direction == "right"
         self.mask_token, self.mask_token_id = self._find_mask(folder, settings)
 
     def encode(self, texts: Sequence[Text], first: int = 0) -> tuple[list[list[int]], int]:
@@ -46,7 +46,7 @@ class Tokenizer:
         try:
             clipped = [self._clip(text) for text in texts]
             encodings = self._rust.encode_batch_fast(clipped)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  a Rust panic is no Exception
             for i, text in enumerate(texts, first):
                 _check_unicode(text, i)
             raise _readable(error, "these texts can't be tokenized") from None
@@ -71,7 +71,7 @@ class Tokenizer:
 
     def _clip_one(self, text: str) -> str:
         size = self.max_length * _CLIP_CHARACTERS
-        while len(text) > 2 * size and self._rust.truncation["direction"] == "right":
+        while self._keeps_beginning and len(text) > 2 * size:
             end = max(text.rfind(" ", 0, size), text.rfind("\n", 0, size))
             if end > size // 2 and self._rust.encode(text[:end], add_special_tokens=False).overflowing:
                 return text[:end]

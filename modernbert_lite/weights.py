@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
             return torch.float32
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     picked = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if picked not in _DTYPES.values():
+    if picked is None or picked not in _DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
     return picked
 
@@ -131,10 +132,8 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
         folder = Path(hub.snapshot_download(**wanted, token=token))
         for name in _OPTIONAL:  # leaves a note in the cache that the repository has no such file
             if not (folder / name).is_file():
-                try:
+                with suppress(EntryNotFoundError):
                     hub.hf_hub_download(repo, name, revision=folder.name, token=token)
-                except EntryNotFoundError:
-                    pass
         return folder
     except Exception as error:  # noqa: BLE001  the hub's clients raise errors of several libraries
         if cached is not None and _has_weights(cached):
@@ -252,9 +251,9 @@ def load_weights(
 
 
 def load_dense(folder: Path, expected: dict[str, tuple[Any, ...]], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a sentence-transformers Dense module, in fp32, checked against the shapes that its config gives."""
-    files = [(open_safetensors(path), path) for path in weight_files(folder)]
-    keys = {key: file for file, _ in files for key in file.keys()}  # noqa: SIM118
+    """The tensors of a sentence-transformers Dense module, in fp32, if they have the shapes that its config gives."""
+    files = [open_safetensors(path) for path in weight_files(folder)]
+    keys = {key: file for file in files for key in file.keys()}  # noqa: SIM118  not a dict
     shapes = {key: tuple(file.get_slice(key).get_shape()) for key, file in keys.items()}
     if shapes != expected:
         raise CheckpointError(f"{folder}: its config.json asks for {expected}, the file has {shapes}")

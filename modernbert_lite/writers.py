@@ -1,0 +1,117 @@
+"""Vectors to jsonl, npy or npz: as they come, into a temporary file that is renamed at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+FORMATS = ("jsonl", "npy", "npz")
+_NPY_HEADER_BYTES = 128
+
+
+class VectorWriter:
+    """Writes blocks of rows; `path` None is stdout. A file appears under its name only when it is whole: until then,
+    and after a failure, what is finished lies in NAME.partial, which is valid in its format."""
+
+    def __init__(self, path: Path | None, format: str):
+        if format not in FORMATS:
+            raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+        self.path, self.format = path, format
+        self.rows, self.row_shape, self.dtype = 0, (0,), np.dtype(np.float32)
+        self._file: IO[bytes] = self._open()
+
+    def _open(self) -> IO[bytes]:
+        if self.path is not None:
+            self.partial = self.path.with_name(self.path.name + ".partial")
+            file: IO[bytes] = self.partial.open("wb")
+        elif self.format == "jsonl":
+            return sys.stdout.buffer
+        else:  # a header holds the number of rows, known at the end: a pipe can't be written to backwards
+            file = tempfile.TemporaryFile()  # noqa: SIM115  closed with the writer
+        if self.format != "jsonl":
+            file.write(b"\0" * _NPY_HEADER_BYTES)
+        return file
+
+    def write(self, records: Sequence[dict[str, Any]], vectors: np.ndarray) -> None:
+        """records: what jsonl puts before each "embedding"; vectors (n, C)."""
+        if self.format == "jsonl":
+            self._file.writelines(_json_line(r, v) for r, v in zip(records, vectors, strict=True))
+        else:
+            self._file.write(np.ascontiguousarray(vectors).tobytes())
+        self.rows += len(vectors)
+        self.row_shape, self.dtype = vectors.shape[1:], vectors.dtype
+
+    def __enter__(self) -> VectorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.format != "jsonl":
+            self._file.seek(0)
+            self._file.write(self._npy_header())
+        self._file.flush()
+        if kind is None:
+            self._finish()
+        elif self.path is not None:
+            self._file.close()
+            if self.rows:
+                print(f"modernbert-lite: {self.rows} finished rows are in {self.partial}", file=sys.stderr)
+            else:
+                self.partial.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if self.path is None:
+            if self.format != "jsonl":
+                self._file.seek(0)
+                with tempfile.TemporaryFile() as packed:
+                    shutil.copyfileobj(self._zip(packed) if self.format == "npz" else self._file, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+            return
+        if self.format == "npz":
+            zipped = self.partial.with_name(self.partial.name + ".npz")
+            with zipped.open("wb") as file:
+                self._file.close()
+                self._file = self.partial.open("rb")
+                self._zip(file)
+            self._file.close()
+            os.replace(zipped, self.partial)
+        else:
+            os.fsync(self._file.fileno())
+            self._file.close()
+        os.replace(self.partial, self.path)
+
+    def _zip(self, file: IO[bytes]) -> IO[bytes]:
+        """The npy in self._file as "embeddings" of an npz, uncompressed (vectors don't compress)."""
+        with (
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+            archive.open("embeddings.npy", "w", force_zip64=True) as entry,
+        ):
+            shutil.copyfileobj(self._file, entry)
+        file.seek(0)
+        return file
+
+    def _npy_header(self) -> bytes:
+        """Version 1.0 of the npy format, padded to a fixed size so that it can be written last."""
+        shape = (self.rows, *self.row_shape)
+        text = f"{{'descr': {self.dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}"
+        size = _NPY_HEADER_BYTES - 10
+        return b"\x93NUMPY\x01\x00" + size.to_bytes(2, "little") + text.ljust(size - 1).encode() + b"\n"
+
+
+def _json_line(record: dict[str, Any], vector: np.ndarray) -> bytes:
+    start = json.dumps(record, ensure_ascii=False)
+    digits = "%d" if vector.dtype.kind in "iu" else "%.9g"  # nine digits give a float32 back exactly
+    values = ", ".join(map(digits.__mod__, vector.tolist()))
+    comma = ", " if record else ""
+    return f'{start[:-1]}{comma}"embedding": [{values}]}}\n'.encode()

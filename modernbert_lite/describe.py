@@ -18,7 +18,7 @@ import torch
 from . import __version__, ops
 from .config import FULL
 from .pipeline import Checkpoint
-from .st_config import max_seq_length
+from .st_config import length_limit
 from .weights import open_safetensors, pick_device, pick_dtype, weight_files
 
 _SELF_CHECK_TEXTS = ["A man is playing a guitar.", "Someone plays an instrument.", "Stocks fell on Monday."]
@@ -56,7 +56,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
         "rope theta": f"{config.full_rope.theta:g} global, {config.sliding_rope.theta:g} local",
         "rope type": config.full_rope.type,
         "activation": config.hidden_activation,
-        "max length": max_seq_length(sentence, checkpoint.folder, config.max_position_embeddings),
+        "max length": length_limit(sentence, checkpoint.folder, config.max_position_embeddings),
         "pooling": "+".join(pooling.modes) if pooling else "none said",
         "dense": len(sentence.dense_paths),
         "normalizes": sentence.normalize,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,19 +11,23 @@ import torch
 from torch import Tensor
 
 from . import pooling
-from .batch import DEFAULT_BATCH_TOKENS, PackedBatch
+from .batch import PackedBatch
 from .config import CheckpointError
 from .model import ModernBert
 from .pipeline import Checkpoint, Pipeline, check_text, length
 from .pooling import quantize_embeddings
 from .st_config import Dense, Pooling, finish
+from .weights import BUNDLED
 
 
 class Embedder(Pipeline):
     """An embedding model. `prompts`, `default_prompt_name`, `similarity_fn_name` and `max_seq_length` are the
-    repository's own; `dimension` is the width of its vectors before `truncate_dim`."""
+    repository's own; `dimension` is the width of its vectors before `truncate_dim`, which may be given to
+    `from_pretrained` for all of them. Without a path_or_id that takes the bundled model, and says so on stderr."""
 
-    def __init__(self, checkpoint: Checkpoint, truncate_dim: int | None = None, **options: Any):
+    default_model = BUNDLED
+
+    def __init__(self, checkpoint: Checkpoint, *, truncate_dim: int | None = None, **options: Any):
         sentence = checkpoint.sentence
         architecture = checkpoint.config.architecture
         if sentence.pooling is None and "ForMaskedLM" not in architecture and architecture != "ModernBertModel":
@@ -49,38 +52,6 @@ class Embedder(Pipeline):
         width = self.config.hidden_size * len(self.pooling.modes)
         self.dimension = self.dense[-1].out_features if self.dense else width
         self.truncate_dim = self._check_dim(truncate_dim)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_id: str | os.PathLike[str] | None = None,
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        max_seq_length: int | None = None,
-        truncate_dim: int | None = None,
-        batch_tokens: int = DEFAULT_BATCH_TOKENS,
-        on_long: str = "truncate",
-    ) -> Embedder:
-        """path_or_id: a folder, a hub id, or None for the bundled model (said on stderr). device, dtype, revision,
-        token, local_files_only: as in `load_model`. max_seq_length, truncate_dim: instead of the repository's.
-        batch_tokens: the most tokens in a batch. on_long: "truncate" or "error" for texts over max_seq_length.
-
-        Raises CheckpointError for a checkpoint that is missing, damaged, unsupported or no embedding model.
-        """
-        checkpoint = Checkpoint.find(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
-        return cls(
-            checkpoint,
-            truncate_dim,
-            device=device,
-            dtype=dtype,
-            max_length=max_seq_length,
-            batch_tokens=batch_tokens,
-            on_long=on_long,
-        )
 
     def encode(
         self,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from .batch import DEFAULT_BATCH_TOKENS, PackedBatch
+from .batch import PackedBatch
 from .config import CheckpointError
 from .heads import MaskedLM
 from .pipeline import Checkpoint, Pipeline, check_text, length
@@ -28,31 +27,6 @@ class FillMask(Pipeline):
         if self.tokenizer.mask_token is None:
             raise CheckpointError(f"the tokenizer in {checkpoint.folder} has no mask token")
         self.mask_token = self.tokenizer.mask_token
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_id: str | os.PathLike[str],
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        max_seq_length: int | None = None,
-        batch_tokens: int = DEFAULT_BATCH_TOKENS,
-        on_long: str = "truncate",
-    ) -> FillMask:
-        """As `Embedder.from_pretrained`; raises CheckpointError for a checkpoint that is no masked language model."""
-        checkpoint = Checkpoint.find(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
-        return cls(
-            checkpoint,
-            device=device,
-            dtype=dtype,
-            max_length=max_seq_length,
-            batch_tokens=batch_tokens,
-            on_long=on_long,
-        )
 
     def predict(
         self, texts: str | Iterable[str], *, top_k: int = 5, show_progress_bar: bool | None = None

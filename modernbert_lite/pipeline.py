@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
-from .batch import PackedBatch, pack, plan_batches
+from .batch import DEFAULT_BATCH_TOKENS, PackedBatch, pack, plan_batches
 from .config import ModernBertConfig, read_config
-from .st_config import SentenceConfig, max_seq_length, read_sentence_config
+from .st_config import SentenceConfig, length_limit, read_sentence_config
 from .tokenizer import Text, Tokenizer
-from .weights import BUNDLED, find_checkpoint, load_weights
+from .weights import find_checkpoint, load_weights
 
 ON_LONG = ("truncate", "error")
 # A window of texts is tokenized, sorted and embedded at a time: this bounds memory, whatever the input's length.
 _WINDOW_TEXTS, _WINDOW_CHARACTERS = 4_096, 1 << 20
-_DEFAULT_MODEL = "Alibaba-NLP/gte-modernbert-base"
+_STRONGER_MODEL = "Alibaba-NLP/gte-modernbert-base"
+
+P = TypeVar("P", bound="Pipeline")
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,6 @@ class Checkpoint:
     @classmethod
     def find(cls, name: Any, **hub: Any) -> Checkpoint:
         """hub: revision, token, local_files_only."""
-        if name is None:
-            name = BUNDLED
-            print(
-                f"modernbert-lite: using the bundled model {BUNDLED!r} (English, 384 dimensions). A stronger one: "
-                f"{_DEFAULT_MODEL} (--model in the shell, the first argument in Python).",
-                file=sys.stderr,
-            )
         root = find_checkpoint(name, **hub)
         sentence = read_sentence_config(root)
         folder = root / sentence.transformer_path
@@ -53,6 +49,48 @@ class Checkpoint:
 class Pipeline:
     """A network, its tokenizer, and how they are fed."""
 
+    default_model: ClassVar[str | None] = None
+
+    @classmethod
+    def from_pretrained(
+        cls: type[P],
+        path_or_id: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        max_seq_length: int | None = None,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        on_long: str = "truncate",
+        **own: Any,
+    ) -> P:
+        """path_or_id: a folder, a hub id, or "tiny", the bundled embedding model. device, dtype, revision, token,
+        local_files_only: as in `load_model`. max_seq_length: tokens, instead of the repository's limit. batch_tokens:
+        the most tokens in a batch. on_long: "truncate" or "error" for texts over max_seq_length.
+
+        Raises CheckpointError for a checkpoint that is missing, damaged, unsupported, or another class's: it names it.
+        """
+        if path_or_id is None:
+            if cls.default_model is None:
+                raise TypeError(f"{cls.__name__}.from_pretrained needs a model: a folder or a hub id")
+            path_or_id = cls.default_model
+            print(
+                f"modernbert-lite: using the bundled model {path_or_id!r} (English, 384 dimensions). A stronger one: "
+                f"{_STRONGER_MODEL} (--model in the shell, the first argument in Python).",
+                file=sys.stderr,
+            )
+        return cls(
+            Checkpoint.find(path_or_id, revision=revision, token=token, local_files_only=local_files_only),
+            device=device,
+            dtype=dtype,
+            max_seq_length=max_seq_length,
+            batch_tokens=batch_tokens,
+            on_long=on_long,
+            **own,
+        )
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -60,7 +98,7 @@ class Pipeline:
         *,
         device: str | torch.device | None,
         dtype: str | torch.dtype | None,
-        max_length: int | None,
+        max_seq_length: int | None,
         batch_tokens: int,
         on_long: str,
     ):
@@ -69,9 +107,9 @@ class Pipeline:
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         config = checkpoint.config
-        longest = max_seq_length(checkpoint.sentence, checkpoint.folder, config.max_position_embeddings)
+        longest = length_limit(checkpoint.sentence, checkpoint.folder, config.max_position_embeddings)
         self.config = config
-        self.max_seq_length = longest if max_length is None else max_length
+        self.max_seq_length = longest if max_seq_length is None else max_seq_length
         self.batch_tokens = batch_tokens
         self.on_long = on_long
         self.tokenizer = Tokenizer(checkpoint.folder, self.max_seq_length)

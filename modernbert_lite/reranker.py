@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import DEFAULT_BATCH_TOKENS, PackedBatch
+from .batch import PackedBatch
 from .config import CheckpointError
 from .heads import SequenceClassifier
 from .pipeline import Checkpoint, Pipeline, check_text, length
@@ -31,31 +30,6 @@ class Reranker(Pipeline):
         self.labels = self.config.labels
         named = checkpoint.sentence.activation_fn or self.config.activation_fn
         self.activation_fn = score_activation(named or ("Sigmoid" if len(self.labels) == 1 else "Identity"))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_id: str | os.PathLike[str],
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        max_seq_length: int | None = None,
-        batch_tokens: int = DEFAULT_BATCH_TOKENS,
-        on_long: str = "truncate",
-    ) -> Reranker:
-        """As `Embedder.from_pretrained`; raises CheckpointError for a checkpoint that is no sequence classifier."""
-        checkpoint = Checkpoint.find(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
-        return cls(
-            checkpoint,
-            device=device,
-            dtype=dtype,
-            max_length=max_seq_length,
-            batch_tokens=batch_tokens,
-            on_long=on_long,
-        )
 
     def predict(
         self,

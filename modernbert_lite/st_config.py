@@ -127,7 +127,7 @@ def _lengths(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def max_seq_length(sentence: SentenceConfig, folder: Path, max_position_embeddings: int) -> int:
+def length_limit(sentence: SentenceConfig, folder: Path, max_position_embeddings: int) -> int:
     """The repository's own limit, else the smaller of the tokenizer's (1e30 in some) and the model's."""
     if sentence.max_seq_length is not None:
         return sentence.max_seq_length

@@ -1,0 +1,123 @@
+"""Small random checkpoints of real shape, and no network."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports triton, torch or huggingface_hub: kernels run in Triton's interpreter, nothing is downloaded.
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DATA = Path(__file__).parent / "data"
+REAL_TOKENIZER = DATA / "modernbert-tokenizer"
+TINY = Path(__file__).parents[1] / "modernbert_lite" / "tiny"
+
+# Small, but nothing is square by accident: 5 layers (two global), 3 heads of 32, a GLU of odd width.
+SMALL: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 144,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 3,
+    "vocab_size": 50368,
+    # Wide weights: attention that is sharp, hidden states that differ, so that a mistake shows.
+    "initializer_range": 0.1,
+    "initializer_cutoff_factor": 3.0,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only this machine's own addresses can be reached."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test tried to reach {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def auto_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MODERNBERT_LITE_BACKEND", raising=False)
+
+
+def randomize(model: Any, seed: int = 0) -> Any:
+    """Norms away from 1 and biases away from 0, so that one that is left out shows."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(noise * 0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
+    """make("ModernBertForMaskedLM", hidden_size=...) -> (folder, the transformers model saved in it).
+
+    Fixed random weights, transformers' own save_pretrained, the real ModernBERT tokenizer beside them. attn: "eager"
+    or "sdpa". name: of the folder, for more than one in a test.
+    """
+
+    def make(
+        architecture: str = "ModernBertModel", *, attn: str = "sdpa", name: str = "checkpoint", seed: int = 0, **config: Any
+    ) -> tuple[Path, Any]:
+        import torch
+        import transformers
+
+        torch.manual_seed(seed)
+        hf_config = transformers.ModernBertConfig(**{**SMALL, **config}, attn_implementation=attn)
+        model = randomize(getattr(transformers, architecture)(hf_config), seed)
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        for path in REAL_TOKENIZER.iterdir():
+            if path.name != "config.json":
+                shutil.copy(path, folder)
+        return folder, model
+
+    return make
+
+
+def write_sentence_files(
+    folder: Path,
+    *,
+    pooling: dict[str, Any] | None = None,
+    normalize: bool = False,
+    prompts: dict[str, str] | None = None,
+    max_seq_length: int | None = 512,
+    **texts: Any,
+) -> Path:
+    """sentence-transformers' files in their old form, around a checkpoint. pooling: of 1_Pooling/config.json."""
+    st = "sentence_transformers.models."
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": st + "Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": st + "Pooling"},
+    ]
+    if normalize:
+        modules.append({"idx": 2, "name": "2", "path": "2_Normalize", "type": st + "Normalize"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    pooled = {"word_embedding_dimension": width, **(pooling or {"pooling_mode_cls_token": True})}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooled))
+    if max_seq_length is not None:
+        settings = {"max_seq_length": max_seq_length, "do_lower_case": False}
+        (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
+    sentence = {"prompts": prompts or {}, "default_prompt_name": None, "similarity_fn_name": "cosine", **texts}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(sentence))
+    return folder

@@ -95,12 +95,11 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     T = 2048).
     """
     scale = q.shape[-1] ** -0.5
-    return torch.stack(
-        [
-            torch.bmm(torch.softmax(torch.baddbmm(mask, qi, ki.transpose(1, 2), alpha=scale), -1), vi)
-            for qi, ki, vi in zip(q, k, v, strict=True)
-        ]
-    )
+    out = [
+        torch.bmm(torch.softmax(torch.baddbmm(mask, qi, ki.transpose(1, 2), alpha=scale), -1), vi)
+        for qi, ki, vi in zip(q, k, v, strict=True)
+    ]
+    return out[0][None] if len(out) == 1 else torch.stack(out)
 
 
 @functools.cache

@@ -1,0 +1,501 @@
+"""Each operation against its formula, in fp64 where rounding counts, on every backend that this machine has."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import modernbert_lite as ml
+from modernbert_lite import cpu, ops
+from modernbert_lite.config import Rope
+
+FAST = ["torch", "onednn"]
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """on("onednn"): sets the backend; skips where the machine doesn't have it."""
+
+    def choose(name: str) -> None:
+        if name == "onednn" and not cpu.onednn_works():
+            pytest.skip("this torch has no oneDNN linear")
+        monkeypatch.setenv("MODERNBERT_LITE_BACKEND", name)
+
+    return choose
+
+
+@pytest.fixture
+def unprobed():
+    """Lets cpu's probes run again, in the test and after it."""
+    probes = cpu.onednn_works, cpu.onednn_is_faster
+    for probe in probes:
+        probe.cache_clear()
+    yield
+    for probe in probes:
+        probe.cache_clear()
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(seqlens: list[int]) -> ml.PackedBatch:
+    return ml.pack([[0] * n for n in seqlens])
+
+
+# ---- the choice of a backend ---------------------------------------------------------------------------------------
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones(monkeypatch):
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="MODERNBERT_LITE_BACKEND is 'cuda'; it must be one of auto, torch, triton, o"):
+        ops.backend("linear", torch.zeros(1))
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_torch_is_torch_for_every_op(monkeypatch, op):
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "torch")
+    assert ops.backend(op, torch.zeros(1)) == "torch"
+
+
+def test_a_backend_is_taken_only_where_the_op_has_it(monkeypatch):
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
+    assert {op: ops.backend(op, torch.zeros(1)) for op in ops.OPS} == {
+        "linear": "torch",
+        "layer_norm": "torch",
+        "rope": "torch",
+        "attention": "torch",
+        "geglu": "triton",
+    }
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "onednn")
+    chosen = {op: ops.backend(op, torch.zeros(1)) for op in ops.OPS}
+    assert chosen["linear"] == chosen["attention"] == "onednn"
+    assert chosen["layer_norm"] == chosen["rope"] == chosen["geglu"] == "torch"
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_auto_takes_the_reference_for_other_dtypes_and_devices(op):
+    assert ops.backend(op, torch.zeros(1, dtype=torch.bfloat16)) == "torch"
+    assert ops.backend(op, torch.zeros(1, dtype=torch.float16)) == "torch"
+    assert ops.backend(op, torch.zeros(1, device="meta")) == "torch"
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_multiplies_by_onednn_where_that_is_faster(monkeypatch, faster):
+    monkeypatch.setattr(cpu, "onednn_is_faster", lambda: faster)
+    assert ops.backend("linear", torch.zeros(1)) == ("onednn" if faster else "torch")
+    assert ops.backend("attention", torch.zeros(1)) == "onednn"
+
+
+def test_auto_leaves_intel_to_mkl(monkeypatch, unprobed):
+    monkeypatch.setattr(cpu, "_cpu_vendor", lambda: "vendor_id\t: GenuineIntel\n")
+    assert not cpu.onednn_is_faster()
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def naive_attention(qkv: torch.Tensor, seqlens: list[int], window: tuple[int, int]) -> torch.Tensor:
+    """One whole softmax a sequence, in fp64."""
+    outs = []
+    for part in qkv.double().split(seqlens):
+        q, k, v = part.unbind(1)  # (S, H, D)
+        i = torch.arange(len(part))
+        distance = i[None, :] - i[:, None]  # key - query
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        if window[0] >= 0:
+            seen &= distance >= -window[0]
+        if window[1] >= 0:
+            seen &= distance <= window[1]
+        scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[-1])
+        probabilities = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        outs.append(torch.einsum("hij,jhd->ihd", probabilities, v))
+    return torch.cat(outs)
+
+
+WINDOWS = [(0, 0), (1, 2), (64, 64), (-1, -1), (-1, 0), (5, -1)]
+MIXES = [[1], [2], [63, 64, 65, 66], [127, 128], [129, 130], [257], [1, 257, 2, 64, 130, 1], [66, 66, 66], [0, 3, 0, 65]]
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("seqlens", MIXES, ids=str)
+def test_attention_equals_a_naive_softmax(on, name, window, seqlens):
+    on(name)
+    qkv = randn(sum(seqlens), 3, 2, 16, seed=sum(seqlens)) * 2  # scores of order 16: a key let in or left out shows
+    out = ops.attention(qkv, packed(seqlens), window)
+    assert out.shape == (sum(seqlens), 2, 16)
+    assert (out - naive_attention(qkv, seqlens, window)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_window_is_inclusive_on_both_sides(on, name):
+    """With equal scores the output is the mean of the values seen: value j is 1 at j alone."""
+    on(name)
+    S, left, right = 200, 64, 64
+    qkv = torch.zeros(S, 3, 1, S)
+    qkv[:, 2, 0] = torch.eye(S)
+    seen = ops.attention(qkv, packed([S]), (left, right))[:, 0] > 0
+    for i in (0, 1, 63, 64, 65, 100, 135, 136, 199):
+        assert seen[i].nonzero().flatten().tolist() == list(range(max(0, i - left), min(S, i + right + 1)))
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("window", [(64, 64), (-1, -1)])
+def test_sequences_do_not_see_each_other(on, name, window):
+    on(name)
+    seqlens = [70, 3, 70, 140]
+    qkv = randn(sum(seqlens), 3, 3, 8)
+    before = ops.attention(qkv, packed(seqlens), window)
+    changed = qkv.clone()
+    changed[73:143] = math.nan  # the third
+    after = ops.attention(changed, packed(seqlens), window)
+    assert torch.equal(after[:73], before[:73])
+    assert torch.equal(after[143:], before[143:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("window", [(64, 64), (-1, -1)])
+def test_attention_in_low_precision_is_as_good_as_torch(on, name, window, dtype):
+    on(name)
+    S = 257
+    qkv = randn(S, 3, 2, 32).to(dtype)
+    exact = naive_attention(qkv, [S], window)
+    i = torch.arange(S)
+    seen = (i[None] - i[:, None]).abs() <= (64 if window[0] >= 0 else S)
+    q, k, v = (x.transpose(0, 1)[None] for x in qkv.unbind(1))
+    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)[0].transpose(0, 1)
+    error = (ops.attention(qkv, packed([S]), window).double() - exact).abs().max()
+    assert error <= 2 * (plain.double() - exact).abs().max() + 1e-6
+
+
+def test_local_attention_of_a_long_text_stays_in_its_window(on):
+    """Costs O(T * window): no (S, S) scores, which would take 8 GB here."""
+    on("torch")
+    S = 32_768
+    qkv = randn(S, 3, 1, 8)
+    out = ops.attention(qkv, packed([S]), (64, 64))
+    cut = slice(S // 2 - 200, S // 2 + 200)
+    expected = naive_attention(qkv[cut], [400], (64, 64))[100:300]
+    assert (out[cut][100:300] - expected).abs().max() <= 1e-5
+
+
+# ---- RoPE ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 160_000.0])
+@pytest.mark.parametrize("head_dim", [2, 30, 64])
+def test_rope_equals_its_formula(theta, head_dim):
+    """As a product of complex numbers, in fp64: pair j, (x[j], x[j + D/2]), turns by position * theta^(-2j/D)."""
+    batch = packed([7, 1, 130])
+    qkv = randn(138, 3, 2, head_dim)
+    cos, sin = ops.rope_table(Rope(theta), head_dim, batch.position_ids)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert cos.shape == sin.shape == (138, head_dim // 2)
+    got = ops.rope_(qkv.clone(), cos, sin)
+
+    first, second = qkv.double().chunk(2, dim=-1)
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = batch.position_ids.double()[:, None] * frequency
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)[:, None, None]
+    expected = torch.cat([turned.real, turned.imag], -1)
+    expected[:, 2] = qkv[:, 2].double()
+    assert (got - expected).abs().max() <= 2e-5
+
+
+def test_rope_turns_by_distance_only():
+    """The score of a query and a key depends on how far apart they are, not on where."""
+    qkv = randn(1, 3, 1, 32).expand(300, 3, 1, 32).contiguous()
+    table = ops.rope_table(Rope(10_000.0), 32, torch.arange(300))
+    q, k, _ = ops.rope_(qkv, *table).unbind(1)
+    scores = (q[:, 0] @ k[:, 0].T).double()
+    for shift in (0, 1, 17):
+        assert scores.diagonal(shift).std() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rope_works_in_place_and_leaves_v_alone(dtype):
+    qkv = randn(9, 3, 2, 8).to(dtype)
+    kept = qkv.clone()
+    table = ops.rope_table(Rope(10_000.0), 8, torch.arange(9))
+    out = ops.rope_(qkv, *table)
+    assert out is qkv
+    assert torch.equal(qkv[:, 2], kept[:, 2])
+    assert torch.equal(qkv[0], kept[0])  # position 0 doesn't turn
+    assert not torch.equal(qkv[1:, :2], kept[1:, :2])
+    # One rounding at the end: the fp32 result, rounded.
+    exact = ops.rope_(kept.float(), *table)
+    assert torch.equal(qkv, exact.to(dtype))
+
+
+def test_rope_in_place_on_a_view_leaves_its_neighbours_alone():
+    wide = randn(5, 3, 2, 12)
+    kept = wide.clone()
+    ops.rope_(wide[..., 2:10], *ops.rope_table(Rope(10_000.0), 8, torch.arange(5)))
+    assert torch.equal(wide[..., :2], kept[..., :2])
+    assert torch.equal(wide[..., 10:], kept[..., 10:])
+    assert not torch.equal(wide[1:, :2, :, 2:10], kept[1:, :2, :, 2:10])
+
+
+def test_linear_rope_stretches_positions():
+    plain = ops.rope_table(Rope(10_000.0), 16, torch.arange(10))
+    stretched = ops.rope_table(Rope(10_000.0, "linear", 4.0), 16, torch.arange(10) * 4)
+    for a, b in zip(plain, stretched, strict=True):
+        assert (a - b).abs().max() <= 1e-6
+
+
+def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():
+    rope = Rope(160_000.0, "yarn", 4.0, 8192, attention_factor=1.25)
+    cos, sin = ops.rope_table(rope, 64, torch.tensor([0, 1]))
+    assert cos[0].unique().tolist() == [1.25]
+    angle = torch.atan2(sin[1], cos[1]).double()
+    plain = 160_000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    assert (angle[:3] / plain[:3] - 1).abs().max() <= 1e-5
+    assert (angle[-3:] / plain[-3:] - 1 / 4).abs().max() <= 1e-5
+    assert (angle.diff() < 0).all()
+
+
+def test_rope_angles_of_far_positions_are_not_rounded_away():
+    """bf16 tables would give positions 8000 and 8001 the same angle."""
+    table = ops.rope_table(Rope(10_000.0), 64, torch.tensor([8000, 8001]))
+    exact = torch.tensor([8000.0, 8001.0], dtype=torch.float64)
+    assert (table[0][:, 0] - exact.cos()).abs().max() <= 1e-6
+
+
+# ---- products, norm, gate ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("T", [0, 1, 7, 66])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_linear_equals_fp64(on, name, T, bias, residual):
+    on(name)
+    x, weight = randn(T, 45), randn(33, 45, seed=1)
+    b = randn(33, seed=2) if bias else None
+    r = randn(T, 33, seed=3) if residual else None
+    kept = None if r is None else r.clone()
+    with torch.inference_mode():
+        got = ops.linear(x, weight, b, r)
+    expected = x.double() @ weight.double().T + (0 if b is None else b.double()) + (0 if r is None else r.double())
+    assert got.shape == (T, 33)
+    assert torch.allclose(got.double(), expected, rtol=0, atol=2e-5)
+    assert r is None or torch.equal(r, kept)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("act", ["gelu", "silu", "relu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("N", [1, 63, 144])
+def test_gated_linear_activates_the_first_half(on, name, act, bias, N):
+    on(name)
+    x, weight = randn(13, 24), randn(2 * N, 24, seed=1)
+    b = randn(2 * N, seed=2) if bias else None
+    with torch.inference_mode():
+        got = ops.gated_linear(x, weight, b, act)
+    first, second = F.linear(x.double(), weight.double(), None if b is None else b.double()).chunk(2, -1)
+    function = {
+        "gelu": lambda z: z * 0.5 * (1 + torch.erf(z / math.sqrt(2))),
+        "silu": lambda z: z / (1 + torch.exp(-z)),
+        "relu": lambda z: z.clamp(min=0),
+        "gelu_pytorch_tanh": lambda z: 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+    }[act]
+    expected = function(first) * second
+    assert (got - expected).abs().max() <= 2e-6 * expected.abs().max() + 2e-5
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_norm_equals_its_formula(on, name, bias):
+    on(name)
+    x, weight = randn(7, 45) * 3 + 1, randn(45, seed=1)
+    b = randn(45, seed=2) if bias else None
+    z = x.double()
+    expected = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-3).sqrt() * weight
+    got = ops.layer_norm(x, weight, b, 1e-3)
+    assert (got - expected - (0 if b is None else b)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("bad_bits", [torch.bfloat16, torch.float16])
+def test_products_in_low_precision_take_the_reference(on, bad_bits):
+    """oneDNN packs fp32 only; other dtypes fall through to F.linear."""
+    on("onednn")
+    x, weight = randn(5, 16).to(bad_bits), randn(12, 16).to(bad_bits)
+    with torch.inference_mode():
+        assert torch.equal(ops.linear(x, weight), F.linear(x, weight))
+
+
+def test_strided_input_is_multiplied_right(on):
+    on("onednn")
+    wide, weight = randn(9, 40), randn(6, 16, seed=1)
+    x = wide[:, 3:19]
+    with torch.inference_mode():
+        assert torch.allclose(ops.linear(x, weight), F.linear(x, weight), atol=2e-5)
+
+
+# ---- packed weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.mul_(3.0),
+        lambda w: w.copy_(randn(12, 16, seed=9)),
+        lambda w: w.__setitem__(0, 5.0),
+        lambda w: w.detach().add_(1.0),
+        lambda w: torch.nn.init.ones_(w),
+    ],
+    ids=["mul_", "copy_", "item", "detached", "init"],
+)
+def test_packed_weights_follow_changes_of_the_weight(on, change):
+    on("onednn")
+    x, weight = randn(5, 16), torch.nn.Parameter(randn(12, 16, seed=1))
+    with torch.no_grad():
+        before = ops.linear(x, weight)
+        gated = ops.gated_linear(x, weight, None, "gelu")
+        change(weight)
+        after = ops.linear(x, weight)
+        assert torch.allclose(after, F.linear(x, weight), atol=2e-5)
+        assert not torch.allclose(after, before, atol=1e-2)
+        first, second = F.linear(x, weight).chunk(2, -1)
+        assert torch.allclose(ops.gated_linear(x, weight, None, "gelu"), F.gelu(first) * second, atol=2e-5)
+        assert not torch.allclose(gated, F.gelu(first) * second, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda w: setattr(w, "data", w.data * 3.0),
+        pytest.param(
+            lambda w: w.data.mul_(3.0),
+            marks=pytest.mark.xfail(strict=True, reason="torch hides writes through .data from its version counter"),
+        ),
+    ],
+    ids=["assigned", "written"],
+)
+def test_packed_weights_follow_changes_through_data(on, data):
+    on("onednn")
+    x, weight = randn(5, 16), torch.nn.Parameter(randn(12, 16, seed=1))
+    with torch.no_grad():
+        ops.linear(x, weight)
+        data(weight)
+        assert torch.allclose(ops.linear(x, weight), F.linear(x, weight), atol=2e-5)
+
+
+def test_packed_weights_go_with_the_weight(on):
+    on("onednn")
+    before = len(cpu._packed)
+    weight = randn(12, 16)
+    with torch.inference_mode():
+        ops.linear(randn(5, 16), weight)
+    assert len(cpu._packed) == before + 1
+    del weight
+    assert len(cpu._packed) == before
+
+
+def test_one_weight_in_two_uses(on):
+    """Packed whole by linear and in halves by gated_linear, in turn."""
+    on("onednn")
+    x, weight = randn(5, 16), randn(12, 16, seed=1)
+    whole = F.linear(x, weight)
+    first, second = whole.chunk(2, -1)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.allclose(ops.linear(x, weight), whole, atol=2e-5)
+            assert torch.allclose(ops.gated_linear(x, weight, None, "gelu"), F.gelu(first) * second, atol=2e-5)
+
+
+# ---- where oneDNN is missing or wrong ------------------------------------------------------------------------------
+
+
+def missing(*_: object) -> torch.Tensor:
+    raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
+
+
+def failing(*_: object) -> torch.Tensor:
+    raise RuntimeError("mkldnn: could not create a primitive")
+
+
+@pytest.mark.parametrize("broken", [missing, failing])
+@pytest.mark.parametrize("name", ["_pack", "_multiply"])
+def test_a_torch_without_the_operators_falls_back_with_one_warning(monkeypatch, unprobed, broken, name):
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "onednn")
+    monkeypatch.setattr(cpu, name, broken)
+    x, weight = randn(5, 16), randn(12, 16, seed=1)
+    with torch.inference_mode(), pytest.warns(UserWarning, match="no usable oneDNN linear") as caught:
+        for _ in range(3):
+            assert torch.equal(ops.linear(x, weight), F.linear(x, weight))
+            ops.gated_linear(x, weight, None, "gelu")
+    assert len(caught) == 1
+
+
+def test_operators_that_give_other_numbers_are_left_alone(monkeypatch, unprobed):
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "onednn")
+    right = cpu._multiply
+    monkeypatch.setattr(cpu, "_multiply", lambda *args: right(*args) * 1.01)
+    x, weight = randn(5, 16), randn(12, 16, seed=1)
+    with torch.inference_mode(), pytest.warns(UserWarning, match="gives other numbers"):
+        assert torch.equal(ops.linear(x, weight), F.linear(x, weight))
+
+
+def test_a_binary_product_that_is_missing_alone_falls_back_too(monkeypatch, unprobed):
+    """A torch whose plain product works and whose fused ones don't."""
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "onednn")
+    monkeypatch.setattr(cpu, "_multiply_and", failing)
+    x, weight, residual = randn(5, 16), randn(12, 16, seed=1), randn(5, 12, seed=2)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.allclose(ops.linear(x, weight, None, residual), F.linear(x, weight) + residual, atol=2e-5)
+        first, second = F.linear(x, weight).chunk(2, -1)
+        assert torch.allclose(ops.gated_linear(x, weight, None, "gelu"), F.gelu(first) * second, atol=2e-5)
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_gradients_flow_through_products_whatever_the_backend(on, name):
+    on(name)
+    x = randn(5, 16).requires_grad_()
+    weight, bias = (randn(*shape, seed=1).requires_grad_() for shape in ((12, 16), (12,)))
+    residual = randn(5, 6, seed=2).requires_grad_()
+    out = ops.gated_linear(x, weight, bias, "gelu")
+    ops.linear(out, torch.eye(6), None, residual).square().sum().backward()
+    got = [t.grad.clone() for t in (x, weight, bias, residual)]
+
+    for t in (x, weight, bias, residual):
+        t.grad = None
+    first, second = F.linear(x, weight, bias).chunk(2, -1)
+    (F.gelu(first) * second + residual).square().sum().backward()
+    for a, t in zip(got, (x, weight, bias, residual), strict=True):
+        assert torch.allclose(a, t.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("window", [(64, 64), (-1, -1)])
+def test_gradients_flow_through_attention(on, name, window):
+    on(name)
+    seqlens = [130, 3]
+    qkv = randn(133, 3, 2, 8).requires_grad_()
+    weight = randn(133, 2, 8, seed=1)
+    (ops.attention(qkv, packed(seqlens), window) * weight).sum().backward()
+    got, qkv.grad = qkv.grad.clone(), None
+    (naive_attention(qkv, seqlens, window) * weight).sum().backward()
+    assert (got - qkv.grad).abs().max() <= 1e-4
+
+
+def test_gradients_flow_through_a_whole_network(make_checkpoint, monkeypatch):
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "torch")
+    folder, reference = make_checkpoint(num_hidden_layers=2)
+    model = ml.load_model(folder).requires_grad_(True)
+    ids = torch.randint(5, 50000, (1, 70), generator=torch.Generator().manual_seed(0))
+    model(ml.pack([ids[0]])).square().mean().backward()
+    reference(ids).last_hidden_state.square().mean().backward()
+    expected = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        scale = expected[name].grad.abs().max()
+        assert (parameter.grad - expected[name].grad).abs().max() <= 1e-4 * scale + 1e-7, name

@@ -1,0 +1,564 @@
+"""safetensors of every kind -> a network, with no second copy; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import modernbert_lite as ml
+from modernbert_lite import CheckpointError
+from modernbert_lite.config import read_config
+from modernbert_lite.heads import MaskedLM, SequenceClassifier, TokenClassifier
+from modernbert_lite.model import ModernBert
+from modernbert_lite.weights import load_weights, pick_device, pick_dtype
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CLASSES = {
+    "ModernBertModel": ModernBert,
+    "ModernBertForMaskedLM": MaskedLM,
+    "ModernBertForSequenceClassification": SequenceClassifier,
+    "ModernBertForTokenClassification": TokenClassifier,
+}
+SMALL_VOCAB = {"vocab_size": 331, "pad_token_id": 3}
+BIASES = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "classifier_bias": True}
+
+
+def edit(folder, change, metadata=None):
+    """Rewrites model.safetensors: change(its tensors) works in place."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", metadata)
+    return tensors
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def renamed(tensors, rename):
+    for name in list(tensors):
+        tensors[rename(name)] = tensors.pop(name)
+
+
+def stored_values(folder):
+    values = {}
+    for path in folder.glob("*.safetensors"):
+        values.update(load_file(path))
+    return values
+
+
+def assert_holds(model, stored, dtype):
+    """Every tensor of the file, whatever its prefix, is in the model, in that dtype, and nothing else is."""
+    prefix = "" if isinstance(model, ModernBert) else "model."
+    base = ("embeddings.", "layers.", "final_norm.")
+    wanted = {}
+    for key, tensor in stored.items():
+        bare = key.removeprefix("model.")
+        if bare.startswith(base):
+            wanted[prefix + bare] = tensor
+        elif not isinstance(model, ModernBert):
+            wanted[key] = tensor
+    if isinstance(model, MaskedLM) and model.config.tie_word_embeddings:
+        wanted["decoder.weight"] = wanted["model.embeddings.tok_embeddings.weight"]
+    state = model.state_dict()
+    assert sorted(state) == sorted(wanted)
+    for name, tensor in wanted.items():
+        assert state[name].dtype == dtype, name
+        assert torch.equal(state[name], tensor.to(dtype)), name
+
+
+@pytest.mark.parametrize("biases", [{}, BIASES], ids=["plain", "biases"])
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_every_class_loads_the_values_of_its_file(make_checkpoint, architecture, biases):
+    folder, _ = make_checkpoint(architecture, **SMALL_VOCAB, **biases)
+    model = ml.load_model(folder)
+    assert type(model) is CLASSES[architecture]
+    assert_holds(model, stored_values(folder), torch.float32)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+
+
+def test_weights_of_a_model_without_optional_biases_are_as_many_as_published(make_checkpoint):
+    for architecture, extra in zip(CLASSES, (0, 3, 4, 4), strict=True):
+        folder, _ = make_checkpoint(architecture, name=architecture, **SMALL_VOCAB)
+        layers = read_config(folder).num_hidden_layers
+        assert len(stored_values(folder)) == 6 * layers + 2 + extra
+        ml.load_model(folder)
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_sharded_files_load_as_the_single_one(make_checkpoint, architecture):
+    folder, reference = make_checkpoint(architecture, **SMALL_VOCAB)
+    expected = ml.load_model(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    reference.save_pretrained(folder, max_shard_size="200kB")
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 2
+    assert not (folder / "model.safetensors").exists()
+    got = ml.load_model(folder).state_dict()
+    assert sorted(got) == sorted(expected)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_single_file_wins_over_an_index_beside_it(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    ml.load_model(folder)
+
+
+def test_a_missing_shard_is_named(make_checkpoint):
+    folder, reference = make_checkpoint(**SMALL_VOCAB)
+    (folder / "model.safetensors").unlink()
+    reference.save_pretrained(folder, max_shard_size="200kB")
+    gone = sorted(folder.glob("model-*-of-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(CheckpointError, match=re.escape(gone.name)):
+        ml.load_model(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(make_checkpoint):
+    folder, reference = make_checkpoint(**SMALL_VOCAB)
+    (folder / "model.safetensors").unlink()
+    reference.save_pretrained(folder, max_shard_size="200kB")
+    shard = sorted(folder.glob("model-*-of-*.safetensors"))[0]
+    tensors = load_file(shard)
+    save_file({**tensors, "final_norm.weight": torch.ones(96)}, shard)
+    with pytest.raises(CheckpointError, match=r"final_norm\.weight"):
+        ml.load_model(folder)
+
+
+@pytest.mark.parametrize("with_prefix", [True, False], ids=["model.", "bare"])
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_both_prefixes_load_in_every_class(make_checkpoint, architecture, with_prefix):
+    folder, _ = make_checkpoint(architecture, **SMALL_VOCAB)
+    expected = ml.load_model(folder).state_dict()
+
+    def rename(name):
+        bare = name.removeprefix("model.")
+        is_head = bare.partition(".")[0] in ("head", "decoder", "classifier")
+        return f"model.{bare}" if with_prefix and not is_head else bare
+
+    edit(folder, lambda tensors: renamed(tensors, rename))
+    got = ml.load_model(folder).state_dict()
+    assert sorted(got) == sorted(expected)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("architecture", list(CLASSES)[1:])
+def test_the_encoder_of_a_head_file_is_read_and_the_head_left_out(make_checkpoint, architecture):
+    folder, _ = make_checkpoint(architecture, **SMALL_VOCAB)
+    model = load_weights(ModernBert, read_config(folder), folder, device="cpu")
+    assert_holds(model, stored_values(folder), torch.float32)
+    edit_config(folder, architectures=["ModernBertModel"])
+    assert type(ml.load_model(folder)) is ModernBert
+
+
+@pytest.mark.parametrize(
+    ("architecture", "missing"),
+    [
+        ("ModernBertForMaskedLM", ["head.dense.weight", "head.norm.weight", "decoder.bias"]),
+        (
+            "ModernBertForSequenceClassification",
+            ["head.dense.weight", "head.norm.weight", "classifier.weight", "classifier.bias"],
+        ),
+        ("ModernBertForTokenClassification", ["classifier.weight", "classifier.bias"]),
+    ],
+)
+def test_an_encoder_file_has_no_head_to_read(make_checkpoint, architecture, missing):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    edit_config(folder, architectures=[architecture])
+    with pytest.raises(CheckpointError) as error:
+        ml.load_model(folder)
+    for name in missing:
+        assert f"missing {name}" in str(error.value)
+    assert "embeddings" not in str(error.value)
+
+
+def test_one_head_is_not_taken_for_another(make_checkpoint):
+    folder, _ = make_checkpoint("ModernBertForMaskedLM", **SMALL_VOCAB)
+    edit_config(folder, architectures=["ModernBertForSequenceClassification"])
+    with pytest.raises(CheckpointError, match=r"missing classifier\.weight.*unexpected decoder\.bias"):
+        ml.load_model(folder)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    edit_config(folder, architectures=["ModernBertForMultipleChoice"])
+    with pytest.raises(CheckpointError, match=r"ModernBertForMultipleChoice.*ModernBertForSequenceClassification"):
+        ml.load_model(folder)
+
+
+@pytest.mark.parametrize("wanted", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+def test_every_storage_type_loads_as_every_dtype(make_checkpoint, stored, wanted):
+    folder, _ = make_checkpoint("ModernBertForMaskedLM", **SMALL_VOCAB)
+    edit(folder, lambda tensors: tensors.update({k: v.to(DTYPES[stored]) for k, v in tensors.items()}))
+    for dtype in (wanted, DTYPES[wanted]):
+        model = ml.load_model(folder, dtype=dtype)
+        assert_holds(model, stored_values(folder), DTYPES[wanted])
+
+
+def test_files_of_mixed_types_and_of_fp64_load(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+
+    def mix(tensors):
+        kinds = [torch.float16, torch.float32, torch.bfloat16, torch.float64]
+        tensors.update({k: v.to(kinds[i % 4]) for i, (k, v) in enumerate(sorted(tensors.items()))})
+
+    edit(folder, mix)
+    assert_holds(ml.load_model(folder), stored_values(folder), torch.float32)
+
+
+def test_the_config_s_dtype_key_decides_nothing(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    edit_config(folder, dtype="int4", torch_dtype="float16")
+    assert ml.load_model(folder, device="cpu").final_norm.weight.dtype == torch.float32
+
+
+def mapped_ranges(path):
+    """(start, end) of each part of this process's memory that is a view of the file."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5)
+        if name == str(path):
+            start, end = (int(part, 16) for part in span.split("-"))
+            ranges.append((start, end))
+    return ranges
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+def test_tensors_that_need_no_conversion_stay_in_the_file_s_mapping(make_checkpoint, dtype, sharded):
+    folder, reference = make_checkpoint("ModernBertForMaskedLM", **SMALL_VOCAB)
+    if sharded:
+        (folder / "model.safetensors").unlink()
+        reference.to(DTYPES[dtype]).save_pretrained(folder, max_shard_size="150kB")
+    else:
+        edit(folder, lambda tensors: tensors.update({k: v.to(DTYPES[dtype]) for k, v in tensors.items()}))
+    model = ml.load_model(folder, device="cpu", dtype=dtype)
+    ranges = [r for path in folder.glob("*.safetensors") for r in mapped_ranges(path.resolve())]
+    for name, tensor in model.state_dict().items():
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        assert any(low <= start and end <= high for low, high in ranges), f"{name} was copied"
+
+
+def test_a_mapped_model_does_not_write_to_its_file(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    before = (folder / "model.safetensors").read_bytes()
+    model = ml.load_model(folder, device="cpu", dtype="float32")
+    with torch.no_grad():
+        model.final_norm.weight.fill_(3.0)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+# Prints by how many bytes the peak of this process's memory grew while the second model was loaded; the first one, a
+# small one, brings in what torch loads lazily.
+LOAD_AND_MEASURE = """
+import contextlib, sys, torch
+import modernbert_lite as ml
+
+def memory(of):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(of)) * 1024
+
+torch.set_num_threads(1)
+small, large, dtype = sys.argv[1:]
+ml.load_model(small, device="cpu", dtype=dtype)
+with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts anew
+before = memory("VmRSS")
+model = ml.load_model(large, device="cpu", dtype=dtype)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.fixture
+def vocabulary_heavy_fp16(make_checkpoint):
+    """A checkpoint of 100 MB in fp16, nearly all of it one tensor, as in the multilingual models (256,000 x 768)."""
+    folder, _ = make_checkpoint(**SMALL_VOCAB, num_hidden_layers=1, name="large")
+
+    def grow(tensors):
+        tensors.update({k: v.half() for k, v in tensors.items()})
+        tensors["embeddings.tok_embeddings.weight"] = torch.zeros(500_000, 96, dtype=torch.float16)
+
+    edit(folder, grow)
+    edit_config(folder, vocab_size=500_000)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("dtype", "copies"),
+    [
+        # The file's pages that were looked at count here, though the system may drop them at any time: so "one copy"
+        # is 1.0 for fp16, and for bf16, where the mapped original and the converted tensor meet, 2.0.
+        ("float16", 1.0),
+        ("bfloat16", 2.0),
+    ],
+)
+def test_loading_fp16_never_holds_more_than_the_file_and_what_is_made_of_it(
+    vocabulary_heavy_fp16, make_checkpoint, dtype, copies
+):
+    folder = vocabulary_heavy_fp16
+    small, _ = make_checkpoint(**SMALL_VOCAB, num_hidden_layers=1, name="small")
+    edit(small, lambda tensors: tensors.update({k: v.half() for k, v in tensors.items()}))
+    size = (folder / "model.safetensors").stat().st_size
+    grown = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_MEASURE, str(small), str(folder), dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ratio = int(grown.stdout) / size
+    assert ratio < copies + 0.25, f"peak memory grew by {ratio:.2f} times the file"
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_listed(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+
+    def spoil(tensors):
+        del tensors["layers.1.attn_norm.weight"]
+        tensors["layers.0.attn_norm.weight"] = torch.ones(96)  # layer 0 has none
+        tensors["layers.2.mlp.Wi.weight"] = tensors["layers.2.mlp.Wi.weight"][:-1]
+        tensors["extra.thing"] = torch.ones(2)
+
+    edit(folder, spoil)
+    with pytest.raises(CheckpointError) as error:
+        ml.load_model(folder)
+    for part in (
+        str(folder),
+        "missing layers.1.attn_norm.weight",
+        "unexpected layers.0.attn_norm.weight",
+        "unexpected extra.thing",
+        "layers.2.mlp.Wi.weight has the shape (287, 96), the config asks for (288, 96)",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_long_list_of_problems_is_cut_and_counted(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    edit(folder, lambda tensors: renamed(tensors, lambda name: "bert." + name))
+    with pytest.raises(CheckpointError, match=r"missing embeddings\.tok_embeddings\.weight.* and \d+ more$") as error:
+        ml.load_model(folder)
+    count = len(stored_values(folder)) * 2
+    assert str(error.value).endswith(f"and {count - 12} more")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_size": 192, "num_attention_heads": 3}, "embeddings.tok_embeddings.weight"),
+        ({"intermediate_size": 143}, "layers.0.mlp.Wi.weight"),
+        ({"vocab_size": 332}, "embeddings.tok_embeddings.weight"),
+        ({"num_hidden_layers": 6, "layer_types": None}, "missing layers.5.attn.Wqkv.weight"),
+        ({"num_hidden_layers": 4, "layer_types": None}, "unexpected layers.4.attn.Wqkv.weight"),
+        ({"norm_bias": True}, "missing embeddings.norm.bias"),
+        ({"attention_bias": True}, "missing layers.0.attn.Wo.bias"),
+        ({"mlp_bias": True}, "missing layers.0.mlp.Wi.bias"),
+    ],
+)
+def test_a_config_that_asks_for_other_tensors_is_refused(make_checkpoint, change, named):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    edit_config(folder, **change)
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        ml.load_model(folder)
+
+
+def test_a_tensor_under_both_prefixes_is_refused(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    edit(folder, lambda tensors: tensors.update({"model.final_norm.weight": tensors["final_norm.weight"] + 1}))
+    with pytest.raises(CheckpointError, match=r"(model\.)?final_norm\.weight and (model\.)?final_norm\.weight"):
+        ml.load_model(folder)
+
+
+def test_a_tied_decoder_is_the_embedding_itself(make_checkpoint):
+    folder, _ = make_checkpoint("ModernBertForMaskedLM", **SMALL_VOCAB)
+    assert "decoder.weight" not in stored_values(folder)
+    model = ml.load_model(folder)
+    assert model.decoder.weight is model.model.embeddings.tok_embeddings.weight
+
+
+def test_a_tied_decoder_may_be_in_the_file_if_it_is_equal(make_checkpoint):
+    folder, _ = make_checkpoint("ModernBertForMaskedLM", **SMALL_VOCAB)
+    key = "model.embeddings.tok_embeddings.weight"
+    edit(folder, lambda tensors: tensors.update({"decoder.weight": tensors[key].clone()}))
+    model = ml.load_model(folder)
+    assert model.decoder.weight is model.model.embeddings.tok_embeddings.weight
+
+
+def test_a_tied_decoder_that_differs_is_refused(make_checkpoint):
+    folder, _ = make_checkpoint("ModernBertForMaskedLM", **SMALL_VOCAB)
+
+    def differ(tensors):
+        tensors["decoder.weight"] = tensors["model.embeddings.tok_embeddings.weight"].clone()
+        tensors["decoder.weight"][330, 95] += 0.5
+
+    edit(folder, differ)
+    with pytest.raises(CheckpointError, match=r"decoder\.weight differs.*tie_word_embeddings"):
+        ml.load_model(folder)
+
+
+def test_an_untied_decoder_is_its_own_and_must_be_there(make_checkpoint):
+    folder, _ = make_checkpoint("ModernBertForMaskedLM", tie_word_embeddings=False, **SMALL_VOCAB)
+    model = ml.load_model(folder)
+    assert_holds(model, stored_values(folder), torch.float32)
+    assert not torch.equal(model.decoder.weight, model.model.embeddings.tok_embeddings.weight)
+    edit(folder, lambda tensors: tensors.pop("decoder.weight"))
+    with pytest.raises(CheckpointError, match=r"missing decoder\.weight"):
+        ml.load_model(folder)
+
+
+def test_a_decoder_without_bias(make_checkpoint):
+    folder, _ = make_checkpoint("ModernBertForMaskedLM", decoder_bias=False, **SMALL_VOCAB)
+    assert ml.load_model(folder).decoder.bias is None
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "np", "by": "someone else"}])
+def test_the_header_s_metadata_doesn_t_matter(make_checkpoint, metadata):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    edit(folder, lambda tensors: None, metadata)
+    header = (folder / "model.safetensors").read_bytes()[8:40]
+    assert (b"__metadata__" in header) == (metadata is not None)
+    assert_holds(ml.load_model(folder), stored_values(folder), torch.float32)
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_stored_as_no_plain_float_are_refused(make_checkpoint, stored):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    name = "layers.1.attn.Wo.weight"
+    edit(folder, lambda tensors: tensors.update({name: tensors[name].clamp(0, 1).to(stored)}))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is stored as {stored}; only float32"):
+        ml.load_model(folder)
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("stored", DTYPES)
+def test_a_tensor_with_a_value_that_is_not_finite_is_named(make_checkpoint, bad, stored):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    name = "layers.3.mlp.Wo.weight"
+
+    def spoil(tensors):
+        tensors.update({k: v.to(DTYPES[stored]) for k, v in tensors.items()})
+        tensors[name][95, 143] = float(bad)
+
+    edit(folder, spoil)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} holds 1 values that are NaN or infinite"):
+        ml.load_model(folder, device="cpu", dtype=stored)
+
+
+def test_infinities_that_cancel_are_seen(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    name = "embeddings.tok_embeddings.weight"
+
+    def spoil(tensors):
+        tensors[name][5, 5], tensors[name][5, 6] = float("inf"), float("-inf")
+
+    edit(folder, spoil)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} holds 2 values"):
+        ml.load_model(folder)
+
+
+def test_values_too_large_for_fp16_are_named_and_load_as_others(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    name = "layers.2.attn.Wqkv.weight"
+    edit(folder, lambda tensors: tensors[name][0, :1].fill_(70_000.0))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} holds values too large for torch\.float16"):
+        ml.load_model(folder, dtype="float16")
+    assert ml.load_model(folder, dtype="bfloat16").layers[2].attn.Wqkv.weight[0, 0] == torch.tensor(70_000.0).bfloat16()
+    assert ml.load_model(folder, dtype="float32").layers[2].attn.Wqkv.weight[0, 0] == 70_000.0
+
+
+@pytest.mark.parametrize("others", [["pytorch_model.bin"], ["model.pt", "training_args.bin"], ["weights.ckpt"]])
+def test_a_folder_of_pickles_is_refused_with_how_to_convert_it(make_checkpoint, others):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    (folder / "model.safetensors").unlink()
+    for name in others:
+        (folder / name).write_bytes(b"\x80\x04never read")
+    with pytest.raises(CheckpointError) as error:
+        ml.load_model(folder)
+    for part in (*others, "never read", "Convert", "from_pretrained", "save_pretrained", str(folder)):
+        assert part in str(error.value)
+
+
+def test_the_conversion_that_the_error_gives_works(make_checkpoint, tmp_path):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    expected = ml.load_model(folder).state_dict()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError) as error:
+        ml.load_model(folder)
+    code = re.search(r'python -c "(.*)"', str(error.value)).group(1)  # type: ignore[union-attr]
+    code = code.replace("FOLDER", str(folder)).replace("NEW", str(tmp_path / "new"))
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
+    got = ml.load_model(tmp_path / "new").state_dict()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_pickles_beside_safetensors_are_left_alone(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04never read")
+    ml.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["fp16", "torch.float16", "int8", "", torch.int8, torch.float64, torch.float8_e5m2, int, 16]
+)
+def test_an_unknown_dtype_is_refused_with_the_known_ones(make_checkpoint, dtype):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    with pytest.raises(ValueError, match=r"dtype is .*; it must be one of float32, float16, bfloat16"):
+        ml.load_model(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:9999", "", "xyz:0", "cpu:junk", "meta"])
+def test_a_device_that_is_not_there_is_refused_by_name(make_checkpoint, device):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    with pytest.raises(ValueError, match=f"device '{device}' can't be used"):
+        ml.load_model(folder, device=device)
+
+
+def test_a_device_may_be_a_name_or_an_object(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    for device in ("cpu", torch.device("cpu")):
+        assert ml.load_model(folder, device=device).final_norm.weight.device.type == "cpu"
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_the_default_dtype_on_the_cpu_is_fp32():
+    assert pick_dtype(None, torch.device("cpu")) == torch.float32
+
+
+def test_a_folder_may_be_a_string_a_path_or_relative(make_checkpoint, monkeypatch):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for name in (str(folder), folder, folder.name, f"./{folder.name}", f"~/{folder.name}", f"{folder}{os.sep}"):
+        assert type(ml.load_model(name)) is ModernBert
+
+
+@pytest.mark.parametrize("name", ["./missing", "../missing", "~/missing-folder", "a/b/c", "/missing", "", "."])
+def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"not a folder|config\.json"):
+        ml.load_model(name)
+
+
+def test_a_file_is_no_folder(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' is not a folder"):
+        ml.load_model(folder / "model.safetensors")
+
+
+def test_the_bundled_model_has_a_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert ml.load_model("tiny").config.hidden_size == 384

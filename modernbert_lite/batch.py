@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 DEFAULT_BATCH_TOKENS = 16_384
+_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,11 @@ def pack(sequences: Iterable[Sequence[int] | Tensor], device: torch.device | str
     """
     parts = []
     for i, sequence in enumerate(sequences):
-        part = torch.as_tensor(sequence)
-        if part.dim() != 1 or (part.numel() and (part.is_floating_point() or part.dtype == torch.bool)):
+        try:
+            part = torch.as_tensor(sequence)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"sequence {i} is no list of token ids (whole numbers): {error}") from None
+        if part.dim() != 1 or (part.numel() and part.dtype not in _ID_DTYPES):
             raise ValueError(
                 f"sequence {i} has shape {tuple(part.shape)} and dtype {part.dtype}; "
                 "each sequence must be one-dimensional token ids (whole numbers)"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,13 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 MAX_JSON_BYTES = 1 << 20
 
 # Far above any published checkpoint: a config that claims more is broken or hostile, and would build modules for ever.
-_LIMITS = {"num_hidden_layers": 1_000, "hidden_size": 1 << 16, "intermediate_size": 1 << 18, "vocab_size": 1 << 24}
+_LIMITS = {
+    "num_hidden_layers": 1_000,
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 18,
+    "vocab_size": 1 << 24,
+    "num_labels": 1 << 16,
+}
 
 
 class CheckpointError(ValueError):
@@ -89,8 +96,8 @@ class ModernBertConfig:
         if model_type != "modernbert":
             raise CheckpointError(f"model_type {model_type!r} is not supported; known: 'modernbert'")
         get = _Reader(raw)
-        layers = get.int("num_hidden_layers", 22)
-        hidden, heads = get.int("hidden_size", 768), get.int("num_attention_heads", 12)
+        layers = get.whole("num_hidden_layers", 22)
+        hidden, heads = get.whole("hidden_size", 768), get.whole("num_attention_heads", 12)
         if hidden % heads or (hidden // heads) % 2:
             raise CheckpointError(
                 f"hidden_size {hidden} over num_attention_heads {heads} must give a whole, even head size (for RoPE)"
@@ -98,27 +105,27 @@ class ModernBertConfig:
         pooling = get.choice("classifier_pooling", "cls", ("cls", "mean"))
         return cls(
             architecture=_architecture(raw),
-            vocab_size=get.int("vocab_size", 50368),
+            vocab_size=get.whole("vocab_size", 50368),
             hidden_size=hidden,
-            intermediate_size=get.int("intermediate_size", 1152),
+            intermediate_size=get.whole("intermediate_size", 1152),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             hidden_activation=get.choice("hidden_activation", "gelu", ACTIVATIONS),
-            max_position_embeddings=get.int("max_position_embeddings", 8192),
-            norm_eps=get.float("norm_eps", 1e-5),
-            norm_bias=get.bool("norm_bias", False),
-            attention_bias=get.bool("attention_bias", False),
-            mlp_bias=get.bool("mlp_bias", False),
+            max_position_embeddings=get.whole("max_position_embeddings", 8192),
+            norm_eps=get.number("norm_eps", 1e-5),
+            norm_bias=get.flag("norm_bias", False),
+            attention_bias=get.flag("attention_bias", False),
+            mlp_bias=get.flag("mlp_bias", False),
             layer_types=_layer_types(get, layers),
-            local_attention=get.int("local_attention", 128),
+            local_attention=get.whole("local_attention", 128),
             full_rope=_rope(get, FULL),
             sliding_rope=_rope(get, SLIDING),
             classifier_pooling=pooling,
-            classifier_bias=get.bool("classifier_bias", False),
+            classifier_bias=get.flag("classifier_bias", False),
             classifier_activation=get.choice("classifier_activation", "gelu", ACTIVATIONS),
-            decoder_bias=get.bool("decoder_bias", True),
-            tie_word_embeddings=get.bool("tie_word_embeddings", True),
-            pad_token_id=raw.get("pad_token_id"),
+            decoder_bias=get.flag("decoder_bias", True),
+            tie_word_embeddings=get.flag("tie_word_embeddings", True),
+            pad_token_id=get.token_id("pad_token_id"),
             labels=_labels(get),
             activation_fn=_activation_fn(raw),
         )
@@ -175,20 +182,26 @@ class _Reader:
     def _fail(self, key: str, value: object, allowed: str) -> CheckpointError:
         return CheckpointError(f"{key} is {value!r}; it must be {allowed}")
 
-    def int(self, key: str, default: int) -> int:
+    def whole(self, key: str, default: int) -> int:
         value = default if self.raw.get(key) is None else self.raw[key]
         limit = _LIMITS.get(key, 1 << 31)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
             raise self._fail(key, value, f"a whole number from 1 to {limit}")
         return value
 
-    def float(self, key: str, default: float) -> float:
+    def token_id(self, key: str) -> int | None:
+        value = self.raw.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise self._fail(key, value, "a whole number from 0, or null")
+        return value
+
+    def number(self, key: str, default: float) -> float:
         value = default if self.raw.get(key) is None else self.raw[key]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
             raise self._fail(key, value, "a positive number")
         return float(value)
 
-    def bool(self, key: str, default: bool) -> bool:
+    def flag(self, key: str, default: bool) -> bool:
         value = default if self.raw.get(key) is None else self.raw[key]
         if not isinstance(value, bool):
             raise self._fail(key, value, "true or false")
@@ -200,7 +213,7 @@ class _Reader:
             raise self._fail(key, value, "one of " + ", ".join(allowed))
         return str(value)
 
-    def object(self, key: str) -> Mapping[str, Any]:
+    def mapping(self, key: str) -> Mapping[str, Any]:
         value = {} if self.raw.get(key) is None else self.raw[key]
         if not isinstance(value, Mapping):
             raise self._fail(key, value, "an object or null")
@@ -211,9 +224,9 @@ def _layer_types(get: _Reader, layers: int) -> tuple[str, ...]:
     """`layer_types` if present; else every n-th layer, from layer 0, is global."""
     types = get.raw.get("layer_types")
     if types is None:
-        every = get.int("global_attn_every_n_layers", 3)
+        every = get.whole("global_attn_every_n_layers", 3)
         return tuple(SLIDING if i % every else FULL for i in range(layers))
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= {FULL, SLIDING}:
+    if not isinstance(types, list) or len(types) != layers or any(kind not in (FULL, SLIDING) for kind in types):
         raise CheckpointError(
             f"layer_types is {types!r}; it must name {layers} layers (num_hidden_layers), each {FULL!r} or {SLIDING!r}"
         )
@@ -222,28 +235,28 @@ def _layer_types(get: _Reader, layers: int) -> tuple[str, ...]:
 
 def _rope(get: _Reader, kind: str) -> Rope:
     """RoPE of one kind of layer: rope_parameters[kind], then rope_scaling (both kinds), then the theta keys."""
-    per_kind = get.object("rope_parameters")
+    per_kind = get.mapping("rope_parameters")
     if per_kind and not set(per_kind) & {FULL, SLIDING}:
         raise CheckpointError(f"rope_parameters has {sorted(per_kind)}; it must hold {FULL!r} and {SLIDING!r}")
-    values = {**_Reader(per_kind).object(kind), **get.object("rope_scaling")}
+    values = {**_Reader(per_kind).mapping(kind), **get.mapping("rope_scaling")}
     read = _Reader(values)
 
     # `local_rope_theta: null` means the global theta in transformers 4.48-4.57; an absent key means 10,000.
-    theta = get.float("global_rope_theta", 160_000.0)
+    theta = get.number("global_rope_theta", 160_000.0)
     if kind == SLIDING and not ("local_rope_theta" in get.raw and get.raw["local_rope_theta"] is None):
-        theta = get.float("local_rope_theta", 10_000.0)
-    theta = read.float("rope_theta", theta)
+        theta = get.number("local_rope_theta", 10_000.0)
+    theta = read.number("rope_theta", theta)
 
     rope_type = read.raw.get("rope_type") or read.raw.get("type") or "default"
     if rope_type not in ROPE_TYPES:
         raise CheckpointError(f"rope type {rope_type!r} of {kind} is not supported; known: {', '.join(ROPE_TYPES)}")
-    if read.float("partial_rotary_factor", 1.0) != 1.0:
+    if read.number("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"partial_rotary_factor {values['partial_rotary_factor']!r} is not supported; only 1.0")
     if rope_type == "default":
         return Rope(theta)
-    longest = get.int("max_position_embeddings", 8192)
-    original = read.int("original_max_position_embeddings", longest)
-    factor = read.float("factor", longest / original)
+    longest = get.whole("max_position_embeddings", 8192)
+    original = read.whole("original_max_position_embeddings", longest)
+    factor = read.number("factor", longest / original)
     if rope_type == "linear":
         return Rope(theta, "linear", factor)
     return Rope(
@@ -251,9 +264,9 @@ def _rope(get: _Reader, kind: str) -> Rope:
         "yarn",
         factor,
         original,
-        beta_fast=read.float("beta_fast", 32.0),
-        beta_slow=read.float("beta_slow", 1.0),
-        attention_factor=read.float("attention_factor", _yarn_attention_factor(read, factor)),
+        beta_fast=read.number("beta_fast", 32.0),
+        beta_slow=read.number("beta_slow", 1.0),
+        attention_factor=read.number("attention_factor", _yarn_attention_factor(read, factor)),
     )
 
 
@@ -264,7 +277,7 @@ def _yarn_attention_factor(read: _Reader, factor: float) -> float:
         return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if read.raw.get("mscale") and read.raw.get("mscale_all_dim"):
-        return mscale(read.float("mscale", 1.0)) / mscale(read.float("mscale_all_dim", 1.0))
+        return mscale(read.number("mscale", 1.0)) / mscale(read.number("mscale_all_dim", 1.0))
     return mscale(1.0)
 
 
@@ -277,9 +290,9 @@ def _architecture(raw: Mapping[str, Any]) -> str:
 
 def _labels(get: _Reader) -> tuple[str, ...]:
     """id2label in the order of its ids; without one, LABEL_0.. as many as num_labels (transformers' default: 2)."""
-    id2label = {str(key): label for key, label in get.object("id2label").items()}
+    id2label = {str(key): label for key, label in get.mapping("id2label").items()}
     if not id2label:
-        return tuple(f"LABEL_{i}" for i in range(get.int("num_labels", 2)))
+        return tuple(f"LABEL_{i}" for i in range(get.whole("num_labels", 2)))
     if sorted(id2label) != sorted(str(i) for i in range(len(id2label))):
         raise CheckpointError(f"id2label has the ids {sorted(id2label)}; they must be 0 to {len(id2label) - 1}")
     return tuple(str(id2label[str(i)]) for i in range(len(id2label)))

@@ -7,6 +7,7 @@ checked against F.linear, and left alone where they are missing or wrong.
 from __future__ import annotations
 
 import functools
+import platform
 import warnings
 from typing import Any
 
@@ -35,9 +36,17 @@ def onednn_is_faster() -> bool:
 @functools.cache
 def onednn_works() -> bool:
     """Probes the internal operators once on a small product; warns and says no where they fail or differ."""
-    x, weight, bias = torch.linspace(-1, 1, 21).view(3, 7), torch.linspace(-1, 2, 35).view(5, 7), torch.ones(5)
+    x, weight, other = torch.linspace(-1, 1, 21).view(3, 7), torch.linspace(-1, 2, 35).view(5, 7), torch.ones(3, 5)
+    product, bias = F.linear(x, weight, other[0]), other[0]
     try:
-        same = torch.allclose(_multiply(x, _pack(weight), bias), F.linear(x, weight, bias), atol=1e-5)
+        packed = _pack(weight)
+        results = {
+            _multiply(x, packed, bias): product,
+            _multiply(x, packed, bias, "gelu"): F.gelu(product),
+            _multiply_and(x, other, packed, bias, "add"): product + 1,
+            _multiply_and(x, other * 2, packed, bias, "mul"): product * 2,
+        }
+        same = all(torch.allclose(got, expected, atol=1e-5) for got, expected in results.items())
     except (AttributeError, RuntimeError, TypeError) as error:
         warnings.warn(f"this torch has no usable oneDNN linear ({error}); using F.linear", stacklevel=2)
         return False
@@ -108,4 +117,4 @@ def _cpu_vendor() -> str:
         with open("/proc/cpuinfo") as file:
             return next((line for line in file if line.startswith("vendor_id")), "")
     except OSError:
-        return ""
+        return platform.processor()

@@ -35,17 +35,20 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def backend(op: str, x: Tensor) -> str:
     """The backend that runs `op` on `x`: by its device, dtype and what the machine can do, or as
-    MODERNBERT_LITE_BACKEND says where the op has that backend. Raises ValueError for an unknown name there."""
+    MODERNBERT_LITE_BACKEND says, where the op has that backend for such a tensor ("onednn" stands for everything in
+    cpu.py, which is fp32 only). Raises ValueError for an unknown name there."""
     wanted = os.environ.get("MODERNBERT_LITE_BACKEND", "auto")
     if wanted not in BACKENDS:
         raise ValueError(f"MODERNBERT_LITE_BACKEND is {wanted!r}; it must be one of {', '.join(BACKENDS)}")
-    if wanted == "auto":
-        if x.device.type != "cpu" or x.dtype != torch.float32 or "onednn" not in _FAST.get(op, ()):
-            return "torch"
+    fast = _FAST.get(op, ())
+    if "onednn" in fast and wanted in ("auto", "onednn") and x.device.type == "cpu" and x.dtype == torch.float32:
         from . import cpu
 
-        return "onednn" if op != "linear" or cpu.onednn_is_faster() else "torch"
-    return wanted if wanted in _FAST.get(op, ()) else "torch"
+        if wanted == "onednn" or op != "linear" or cpu.onednn_is_faster():
+            return "onednn"
+    if "triton" in fast and wanted == "triton" and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return "triton"
+    return "torch"
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -123,7 +126,8 @@ def rope_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Split halves (NeoX): pair j is (x[j], x[j + D/2]) -> (x1 cos - x2 sin, x2 cos + x1 sin), computed in fp32.
     """
-    first, second = qkv[:, :2].chunk(2, dim=-1)  # (T, 2, H, D / 2)
+    half = qkv.shape[-1] // 2
+    first, second = qkv[:, :2, :, :half], qkv[:, :2, :, half:]  # (T, 2, H, D / 2)
     cos, sin = cos[:, None, None], sin[:, None, None]
     x1, x2 = first.float(), second.float()  # the same memory in fp32, copies otherwise
     x1_sin = x1 * sin

@@ -130,7 +130,7 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
         raise CheckpointError(f"{repo} is not in the hub cache, and the network is not allowed (offline mode)")
     try:
         folder = Path(hub.snapshot_download(**wanted, token=token))
-        for name in _OPTIONAL:  # leaves a note in the cache that the repository has no such file
+        for name in ("tokenizer.json", *_OPTIONAL):  # leaves a note in the cache that the repository has no such file
             if not (folder / name).is_file():
                 with suppress(EntryNotFoundError):
                     hub.hf_hub_download(repo, name, revision=folder.name, token=token)

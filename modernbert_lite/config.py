@@ -18,6 +18,7 @@ ACTIVATIONS = ("gelu", "silu", "relu", "gelu_pytorch_tanh")
 ROPE_TYPES = ("default", "linear", "yarn")
 FULL, SLIDING = "full_attention", "sliding_attention"
 MAX_JSON_BYTES = 1 << 20
+MAX_TOKENIZER_JSON_BYTES = 1 << 24  # tokenizer_config.json repeats every added token: over 1 MB for Gemma's
 
 # Far above any published checkpoint: a config that claims more is broken or hostile, and would build modules for ever.
 _LIMITS = {
@@ -94,7 +95,7 @@ class ModernBertConfig:
         """
         model_type = raw.get("model_type")
         if model_type != "modernbert":
-            raise CheckpointError(f"model_type {model_type!r} is not supported; known: 'modernbert'")
+            raise CheckpointError(f"model_type {shown(model_type)} is not supported; known: 'modernbert'")
         get = _Reader(raw)
         layers = get.whole("num_hidden_layers", 22)
         hidden, heads = get.whole("hidden_size", 768), get.whole("num_attention_heads", 12)
@@ -142,35 +143,53 @@ def read_config(folder: str | Path) -> ModernBertConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file of at most 1 MiB. Raises CheckpointError otherwise."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """The JSON object (in modules.json: the list) in a file. Raises CheckpointError if it is missing, is longer than
+    `limit` bytes, is malformed or holds something else."""
+    wanted = list if path.name == "modules.json" else dict
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; an object is needed")
+        content = path.read_bytes() if path.stat().st_size <= limit else None
+        value = None if content is None else json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
+    if content is None:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {limit} are read")
+    if not isinstance(value, wanted):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; a {wanted.__name__} is needed")
     return value
 
 
 def inside(folder: Path, relative: object, source: str) -> Path:
     """`folder / relative` for a path that a checkpoint's file names; refused if it could leave the folder.
 
-    Links are followed only within the folder or, in a hub cache (snapshots/REV/file -> ../../blobs/HASH), within
-    that model's cache. `source` names the file that holds the path, for the error message.
+    Links are followed only within the folder or, in a hub cache (models--ORG--NAME/snapshots/COMMIT/file ->
+    ../../blobs/HASH), within that model's cache. `source` names the file that holds the path, for the error message.
     """
-    ok = isinstance(relative, str) and "\\" not in relative and "\0" not in relative
-    pure = PurePosixPath(str(relative))
-    if not ok or pure.is_absolute() or ".." in pure.parts or Path(str(relative)).drive:
-        raise CheckpointError(f"{source}: path {relative!r} leaves the model's folder; only paths inside it are read")
-    root = folder.resolve()
-    allowed = root.parent.parent if root.parent.name == "snapshots" else root
-    path = folder / pure
-    if not path.resolve().is_relative_to(allowed):
-        raise CheckpointError(f"{source}: path {relative!r} is a link that leaves the model's folder")
+    text = relative if isinstance(relative, str) else "\0"
+    pure = PurePosixPath(text)
+    if "\0" in text or "\\" in text or pure.is_absolute() or ".." in pure.parts or Path(text).drive:
+        raise CheckpointError(
+            f"{source}: path {shown(relative)} leaves the model's folder; only paths inside it are read"
+        )
+    root, path = folder.resolve(), folder / pure
+    in_cache = root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
+    try:
+        path.exists()  # raises for a name that no file can have
+        leaves = not path.resolve().is_relative_to(root.parent.parent if in_cache else root)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{source}: path {shown(relative)} can't be followed: {shown(error)}") from None
+    if leaves:
+        raise CheckpointError(f"{source}: path {shown(relative)} is a link that leaves the model's folder")
     return path
+
+
+def shown(value: object) -> str:
+    """A value for an error message: its repr, shortened, and printable anywhere."""
+    try:
+        text = (str(value) if isinstance(value, BaseException) else repr(value)).encode(errors="replace").decode()
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= 200 else text[:160] + "…" + text[-30:]
 
 
 class _Reader:
@@ -180,7 +199,7 @@ class _Reader:
         self.raw = raw
 
     def _fail(self, key: str, value: object, allowed: str) -> CheckpointError:
-        return CheckpointError(f"{key} is {value!r}; it must be {allowed}")
+        return CheckpointError(f"{key} is {shown(value)}; it must be {allowed}")
 
     def whole(self, key: str, default: int) -> int:
         value = default if self.raw.get(key) is None else self.raw[key]
@@ -228,7 +247,8 @@ def _layer_types(get: _Reader, layers: int) -> tuple[str, ...]:
         return tuple(SLIDING if i % every else FULL for i in range(layers))
     if not isinstance(types, list) or len(types) != layers or any(kind not in (FULL, SLIDING) for kind in types):
         raise CheckpointError(
-            f"layer_types is {types!r}; it must name {layers} layers (num_hidden_layers), each {FULL!r} or {SLIDING!r}"
+            f"layer_types is {shown(types)}; it must name {layers} layers (num_hidden_layers), each {FULL!r} or "
+            f"{SLIDING!r}"
         )
     return tuple(types)
 
@@ -237,7 +257,7 @@ def _rope(get: _Reader, kind: str) -> Rope:
     """RoPE of one kind of layer: rope_parameters[kind], then rope_scaling (both kinds), then the theta keys."""
     per_kind = get.mapping("rope_parameters")
     if per_kind and not set(per_kind) & {FULL, SLIDING}:
-        raise CheckpointError(f"rope_parameters has {sorted(per_kind)}; it must hold {FULL!r} and {SLIDING!r}")
+        raise CheckpointError(f"rope_parameters has {shown(sorted(per_kind))}; it must hold {FULL!r} and {SLIDING!r}")
     values = {**_Reader(per_kind).mapping(kind), **get.mapping("rope_scaling")}
     read = _Reader(values)
 
@@ -249,7 +269,9 @@ def _rope(get: _Reader, kind: str) -> Rope:
 
     rope_type = read.raw.get("rope_type") or read.raw.get("type") or "default"
     if rope_type not in ROPE_TYPES:
-        raise CheckpointError(f"rope type {rope_type!r} of {kind} is not supported; known: {', '.join(ROPE_TYPES)}")
+        raise CheckpointError(
+            f"rope type {shown(rope_type)} of {kind} is not supported; known: {', '.join(ROPE_TYPES)}"
+        )
     if read.number("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"partial_rotary_factor {values['partial_rotary_factor']!r} is not supported; only 1.0")
     if rope_type == "default":
@@ -284,7 +306,7 @@ def _yarn_attention_factor(read: _Reader, factor: float) -> float:
 def _architecture(raw: Mapping[str, Any]) -> str:
     names = raw.get("architectures") or ["ModernBertModel"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"architectures is {names!r}; it must be a list of class names")
+        raise CheckpointError(f"architectures is {shown(names)}; it must be a list of class names")
     return str(names[0])
 
 
@@ -294,7 +316,7 @@ def _labels(get: _Reader) -> tuple[str, ...]:
     if not id2label:
         return tuple(f"LABEL_{i}" for i in range(get.whole("num_labels", 2)))
     if sorted(id2label) != sorted(str(i) for i in range(len(id2label))):
-        raise CheckpointError(f"id2label has the ids {sorted(id2label)}; they must be 0 to {len(id2label) - 1}")
+        raise CheckpointError(f"id2label has the ids {shown(sorted(id2label))}; they must be 0 to {len(id2label) - 1}")
     return tuple(str(id2label[str(i)]) for i in range(len(id2label)))
 
 

@@ -47,10 +47,12 @@ class Embedder(Pipeline):
         self.similarity_fn_name = sentence.similarity_fn_name
         self.pooling = sentence.pooling or Pooling()
         self.normalizes = sentence.normalize
-        self.lower_case = sentence.lower_case
         self.dense = [Dense(checkpoint.root / path, self.device) for path in sentence.dense_paths]
-        width = self.config.hidden_size * len(self.pooling.modes)
-        self.dimension = self.dense[-1].out_features if self.dense else width
+        self.dimension = self.config.hidden_size * len(self.pooling.modes)
+        for path, dense in zip(sentence.dense_paths, self.dense, strict=True):
+            if dense.in_features != self.dimension:
+                raise CheckpointError(f"{path}: in_features is {dense.in_features}; it gets {self.dimension}")
+            self.dimension = dense.out_features
         self.truncate_dim = self._check_dim(truncate_dim)
 
     def encode(
@@ -88,11 +90,11 @@ class Embedder(Pipeline):
         return vectors[0] if single else vectors
 
     def encode_query(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray:
-        """`encode` with the prompt named "query", if the repository has one."""
+        """`encode` with the prompt named "query"; with none if the repository has none (the default isn't taken)."""
         return self._encode_as(("query",), sentences, kwargs)
 
     def encode_document(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray:
-        """`encode` with the prompt named "document", "passage" or "corpus", if the repository has one."""
+        """`encode` with the prompt named "document", "passage" or "corpus"; with none if the repository has none."""
         return self._encode_as(("document", "passage", "corpus"), sentences, kwargs)
 
     def stream(
@@ -117,8 +119,7 @@ class Embedder(Pipeline):
 
         def texts() -> Iterator[str]:
             for i, text in enumerate(sentences):
-                text = prompt + check_text(text, i)
-                yield text.lower() if self.lower_case else text
+                yield prompt + check_text(text, i)
 
         for rows in self.run(texts(), forward, show_progress_bar, length(sentences)):
             yield torch.stack(rows).numpy()
@@ -136,7 +137,7 @@ class Embedder(Pipeline):
 
     def _encode_as(self, names: tuple[str, ...], sentences: str | Iterable[str], kwargs: dict[str, Any]) -> np.ndarray:
         if kwargs.get("prompt") is None and kwargs.get("prompt_name") is None:
-            kwargs["prompt_name"] = next((name for name in names if name in self.prompts), None)
+            kwargs["prompt"] = next((self.prompts[name] for name in names if name in self.prompts), "")
         return self.encode(sentences, **kwargs)
 
     def _resolve_prompt(self, name: str | None, prompt: str | None) -> str:

@@ -18,7 +18,7 @@ from .batch import DEFAULT_BATCH_TOKENS, PackedBatch, pack, plan_batches
 from .config import ModernBertConfig, read_config
 from .st_config import SentenceConfig, length_limit, read_sentence_config
 from .tokenizer import Text, Tokenizer
-from .weights import find_checkpoint, load_weights
+from .weights import find_checkpoint, load_weights, network_folder
 
 ON_LONG = ("truncate", "error")
 # A window of texts is tokenized, sorted and embedded at a time: this bounds memory, whatever the input's length.
@@ -42,7 +42,7 @@ class Checkpoint:
         """hub: revision, token, local_files_only."""
         root = find_checkpoint(name, **hub)
         sentence = read_sentence_config(root)
-        folder = root / sentence.transformer_path
+        folder = network_folder(root)
         return cls(folder, root, read_config(folder), sentence)
 
 
@@ -112,7 +112,7 @@ class Pipeline:
         self.max_seq_length = longest if max_seq_length is None else max_seq_length
         self.batch_tokens = batch_tokens
         self.on_long = on_long
-        self.tokenizer = Tokenizer(checkpoint.folder, self.max_seq_length)
+        self.tokenizer = Tokenizer(checkpoint.folder, self.max_seq_length, checkpoint.sentence.lower_case)
         self.model = load_weights(network, config, checkpoint.folder, device=device, dtype=dtype)
 
     @property

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import CheckpointError, inside, read_json
+from .config import MAX_TOKENIZER_JSON_BYTES, CheckpointError, inside, read_json, shown
 from .pooling import POOLING, normalize
-from .weights import load_dense, read_modules
+from .weights import load_dense, network_folder, read_modules
 
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 _OLD_POOLING_KEYS = {
@@ -46,7 +46,6 @@ class Pooling:
 class SentenceConfig:
     """What a repository says about making sentence vectors. Without files: mean pooling, as sentence-transformers."""
 
-    transformer_path: str = ""
     pooling: Pooling | None = None  # None: no file says so
     dense_paths: tuple[str, ...] = ()
     normalize: bool = False
@@ -60,16 +59,15 @@ class SentenceConfig:
 
 def read_sentence_config(folder: Path) -> SentenceConfig:
     """Raises CheckpointError for a module, pooling mode or similarity that isn't known, naming it."""
-    modules = read_modules(folder) if (folder / "modules.json").is_file() else []
     found: dict[str, Any] = {}
-    for module in modules:
+    for module in read_modules(folder):
         kind, path = str(module.get("type")).rpartition(".")[2], module.get("path", "")
         where = inside(folder, path, "modules.json")
         if found.get("normalize") and kind in ("Pooling", "Dense"):
             raise CheckpointError(f"modules.json: {kind} after Normalize is not supported")
         if kind == "Transformer":
-            found["transformer_path"] = path
-        elif kind == "Pooling":
+            continue
+        if kind == "Pooling":
             found["pooling"] = _pooling(where)
         elif kind == "Dense":
             found["dense_paths"] = (*found.get("dense_paths", ()), path)
@@ -80,17 +78,17 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
                 f"modules.json: module {module.get('type')!r} is not supported; known: Transformer, Pooling, Dense, "
                 "Normalize"
             )
-    return SentenceConfig(**found, **_texts(folder), **_lengths(folder / found.get("transformer_path", "")))
+    return SentenceConfig(**found, **_texts(folder), **_lengths(network_folder(folder)))
 
 
 def _pooling(folder: Path) -> Pooling:
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json")
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for mode, key in _OLD_POOLING_KEYS.items() if config.get(key)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
-    if not isinstance(modes, list) or not modes or not set(modes) <= set(POOLING):
-        raise CheckpointError(f"{folder}: pooling_mode {modes!r} is not supported; known: {', '.join(POOLING)}")
+    if not isinstance(modes, list) or not modes or any(mode not in list(POOLING) for mode in modes):
+        raise CheckpointError(f"{folder}: pooling_mode {shown(modes)} is not supported; known: {', '.join(POOLING)}")
     return Pooling(tuple(modes), config.get("include_prompt") is not False)
 
 
@@ -101,13 +99,15 @@ def _texts(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     prompts = config.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
-        raise CheckpointError(f"{path}: prompts is {prompts!r}; it must map names to strings")
+        raise CheckpointError(f"{path}: prompts is {shown(prompts)}; it must map names to strings")
     default = config.get("default_prompt_name")
-    if default is not None and default not in prompts:
-        raise CheckpointError(f"{path}: default_prompt_name {default!r} is not among the prompts {sorted(prompts)}")
+    if default is not None and default not in list(prompts):
+        raise CheckpointError(
+            f"{path}: default_prompt_name {shown(default)} is not among the prompts {shown(sorted(prompts))}"
+        )
     similarity = config.get("similarity_fn_name") or "cosine"
     if similarity not in SIMILARITIES:
-        raise CheckpointError(f"{path}: similarity_fn_name {similarity!r}; known: {', '.join(SIMILARITIES)}")
+        raise CheckpointError(f"{path}: similarity_fn_name {shown(similarity)}; known: {', '.join(SIMILARITIES)}")
     return {
         "prompts": prompts,
         "default_prompt_name": default,
@@ -121,8 +121,8 @@ def _lengths(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("sentence_*_config.json")):
         config = read_json(path)
         length = config.get("max_seq_length")
-        if length is not None and (not isinstance(length, int) or length < 1):
-            raise CheckpointError(f"{path}: max_seq_length is {length!r}; it must be a positive whole number or null")
+        if length is not None and (type(length) is not int or not 0 < length < 1 << 31):
+            raise CheckpointError(f"{path}: max_seq_length is {shown(length)}; it must be null or from 1 to 2^31 - 1")
         return {"max_seq_length": length, "lower_case": bool(config.get("do_lower_case"))}
     return {}
 
@@ -132,19 +132,20 @@ def length_limit(sentence: SentenceConfig, folder: Path, max_position_embeddings
     if sentence.max_seq_length is not None:
         return sentence.max_seq_length
     path = folder / "tokenizer_config.json"
-    limit = read_json(path).get("model_max_length") if path.is_file() else None
+    limit = read_json(path, MAX_TOKENIZER_JSON_BYTES).get("model_max_length") if path.is_file() else None
     if isinstance(limit, (int, float)) and 0 < limit < max_position_embeddings:
         return int(limit)
     return max_position_embeddings
 
 
-def score_activation(name: str | None) -> Callable[[Tensor], Tensor]:
+def score_activation(name: object) -> Callable[[Tensor], Tensor]:
     """An activation by its dotted torch name ("torch.nn.modules.activation.Sigmoid") or its last part."""
-    last = "Identity" if name is None else name.rpartition(".")[2]
+    text = "Identity" if name is None else name if isinstance(name, str) else ""
+    last = text.rpartition(".")[2].lower()
     known = {key.lower(): function for key, function in _ACTIVATIONS.items()}
-    if last.lower() not in known or (name and "." in name and not name.startswith("torch.")):
-        raise CheckpointError(f"activation function {name!r} is not supported; known: {', '.join(_ACTIVATIONS)}")
-    return known[last.lower()]
+    if last not in known or ("." in text and not text.startswith("torch.")):
+        raise CheckpointError(f"activation function {shown(name)} is not supported; known: {', '.join(_ACTIVATIONS)}")
+    return known[last]
 
 
 class Dense:
@@ -154,7 +155,7 @@ class Dense:
         config = read_json(folder / "config.json")
         if config.get("module_input_name") not in (None, "sentence_embedding"):
             raise CheckpointError(
-                f"{folder}: this Dense works on {config['module_input_name']!r}, not on 'sentence_embedding'"
+                f"{folder}: this Dense works on {shown(config['module_input_name'])}, not on 'sentence_embedding'"
             )
         # sentence-transformers' default, where the key is absent, is Tanh.
         self.activation = score_activation(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
@@ -167,9 +168,7 @@ class Dense:
             expected["residual.weight"] = (sizes[1], sizes[0])
         self.tensors = load_dense(folder, expected, device)
 
-    @property
-    def out_features(self) -> int:
-        return len(self.tensors["linear.weight"])
+        self.in_features, self.out_features = int(sizes[0]), int(sizes[1])
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.activation(nn.functional.linear(x, self.tensors["linear.weight"], self.tensors.get("linear.bias")))

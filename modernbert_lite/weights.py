@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,17 @@ from .model import ModernBert
 
 BUNDLED = "tiny"
 INDEX = "model.safetensors.index.json"
-# Without these a model still opens, and may give other numbers: a cache that doesn't know whether the repository has
-# them is not complete.
-_OPTIONAL = (
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+# Without some of these a model still opens, and may give other numbers: a cache that doesn't know whether the
+# repository has them is not complete. The first two lie at the top, the others beside the network's config.json.
+_TOP = ("modules.json", "config_sentence_transformers.json")
+_BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "sentence_bert_config.json")
 _NEEDED_PATTERNS = [
     "config.json",
-    "tokenizer.json",
     "model.safetensors",
     "model-*-of-*.safetensors",
     INDEX,
-    *_OPTIONAL,
+    *_TOP,
+    *_BESIDE,
     "sentence_*_config.json",
     "[0-9]*_*/*.json",
     "[0-9]*_*/model.safetensors",
@@ -62,6 +56,7 @@ def load_model(
     where the card has no bfloat16). Raises CheckpointError for a checkpoint that is missing, damaged or unsupported.
     """
     folder = find_checkpoint(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
+    folder = network_folder(folder)
     config = read_config(folder)
     return load_weights(network_class(config.architecture), config, folder, device=device, dtype=dtype)
 
@@ -72,7 +67,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
-        torch.empty(1, device=picked)
+        torch.zeros(1, device=picked).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from None
     return picked
@@ -122,39 +117,58 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
         pass
     except HFValidationError as error:
         raise CheckpointError(f"{repo!r} is neither a folder nor a hub id: {error}") from None
-    if cached is not None and _is_complete(cached, repo, revision):
+    if cached is not None and _is_complete(cached, repo):
         return cached
     if local_files_only or hub.constants.HF_HUB_OFFLINE:
         if cached is not None:
             return cached
         raise CheckpointError(f"{repo} is not in the hub cache, and the network is not allowed (offline mode)")
     try:
+        # Fails at once where the hub can't be reached; snapshot_download alone would quietly settle for the cache.
+        hub.HfApi(token=token).model_info(repo, revision=revision)
         folder = Path(hub.snapshot_download(**wanted, token=token))
-        for name in ("tokenizer.json", *_OPTIONAL):  # leaves a note in the cache that the repository has no such file
+        for name in _names(folder):  # leaves a note in the cache of each file that the repository doesn't have
             if not (folder / name).is_file():
-                with suppress(EntryNotFoundError):
+                try:
                     hub.hf_hub_download(repo, name, revision=folder.name, token=token)
+                except LocalEntryNotFoundError:  # the hub is gone again
+                    raise
+                except EntryNotFoundError:
+                    pass
         return folder
     except Exception as error:  # noqa: BLE001  the hub's clients raise errors of several libraries
         if cached is not None and _has_weights(cached):
             warnings.warn(f"the hub could not be reached; using what the cache has of {repo}", stacklevel=5)
             return cached
-        raise CheckpointError(f"{repo} could not be downloaded: {str(error).strip() or type(error).__name__}") from None
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{repo} could not be downloaded: {why}") from None
 
 
-def _is_complete(folder: Path, repo: str, revision: str | None) -> bool:
+def _is_complete(folder: Path, repo: str) -> bool:
+    """Whether a snapshot has its weights, and has or is known not to have every other file."""
     import huggingface_hub as hub
 
-    def known(name: str) -> bool:  # there, or known not to be
-        return (folder / name).is_file() or hub.try_to_load_from_cache(repo, name, revision=folder.name) is not None
-
-    files = ["config.json", "tokenizer.json", *_OPTIONAL]
-    if not _has_weights(folder) or not all(known(name) for name in files):
+    network = network_folder(folder)
+    if not _has_weights(network) or not (network / "config.json").is_file():
         return False
-    if not (folder / "modules.json").is_file():
-        return True
-    paths = [m.get("path") for m in read_modules(folder) if str(m.get("type")).endswith((".Pooling", ".Dense"))]
-    return all((folder / str(path) / "config.json").is_file() for path in paths)
+    if any(
+        not (folder / name).is_file() and hub.try_to_load_from_cache(repo, name, revision=folder.name) is None
+        for name in _names(folder)
+    ):
+        return False
+    parts = [m.get("path") for m in read_modules(folder) if str(m.get("type")).endswith((".Pooling", ".Dense"))]
+    return all((folder / str(path) / "config.json").is_file() for path in parts)
+
+
+def _names(folder: Path) -> list[str]:
+    beside = network_folder(folder).relative_to(folder)
+    return [*_TOP, *((beside / name).as_posix() for name in _BESIDE)]
+
+
+def network_folder(folder: Path) -> Path:
+    """Where config.json lies: the folder itself, or 0_Transformer/ in the oldest sentence-transformers layout."""
+    paths = [m.get("path", "") for m in read_modules(folder) if str(m.get("type")).endswith(".Transformer")]
+    return inside(folder, paths[0], "modules.json") if paths else folder
 
 
 def _has_weights(folder: Path) -> bool:
@@ -165,15 +179,12 @@ def _has_weights(folder: Path) -> bool:
 
 
 def read_modules(folder: Path) -> list[dict[str, Any]]:
-    """modules.json of sentence-transformers: a list of {"idx", "name", "path", "type"}."""
-    import json
-
+    """modules.json of sentence-transformers, a list of {"idx", "name", "path", "type"}; empty without the file."""
     path = folder / "modules.json"
-    try:
-        modules = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
+    if not path.is_file():
+        return []
+    modules: list[dict[str, Any]] = read_json(path)
+    if not all(isinstance(module, dict) for module in modules):
         raise CheckpointError(f"{path} must hold a list of objects")
     return modules
 
@@ -228,15 +239,11 @@ def load_weights(
     tied = isinstance(model, MaskedLM) and config.tie_word_embeddings
     missing = [name for name in expected if name not in found and not (tied and name == "decoder.weight")]
     problems = [f"missing {name}" for name in missing] + problems
-    for name, (file, key) in found.items():
-        shape = tuple(file.get_slice(key).get_shape())
-        if shape != expected[name]:
-            problems.append(f"{key} has the shape {shape}, the config asks for {expected[name]}")
     if problems:
         more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"{folder} doesn't fit its config.json: {'; '.join(problems[:12])}{more}")
 
-    state = {name: _read(file, key, device, dtype) for name, (file, key) in found.items()}
+    state = {name: _read(path, key, device, dtype) for name, (path, key) in found.items()}
     if tied:
         embedding = state["model.embeddings.tok_embeddings.weight"]
         if not torch.equal(state.setdefault("decoder.weight", embedding), embedding):
@@ -250,27 +257,16 @@ def load_weights(
     return model.eval().requires_grad_(False)
 
 
-def load_dense(folder: Path, expected: dict[str, tuple[Any, ...]], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a sentence-transformers Dense module, in fp32, if they have the shapes that its config gives."""
-    files = [open_safetensors(path) for path in weight_files(folder)]
-    keys = {key: file for file in files for key in file.keys()}  # noqa: SIM118  not a dict
-    shapes = {key: tuple(file.get_slice(key).get_shape()) for key, file in keys.items()}
-    if shapes != expected:
-        raise CheckpointError(f"{folder}: its config.json asks for {expected}, the file has {shapes}")
-    return {key: _read(file, key, device, torch.float32) for key, file in keys.items()}
-
-
 def _match(
     files: Iterable[Path], expected: dict[str, tuple[int, ...]], model: nn.Module
-) -> tuple[dict[str, tuple[Any, str]], list[str]]:
-    """name in the network -> (open file, key in it), and what is wrong. The encoder's keys may have the prefix
-    `model.` or not, whatever the class: an encoder opens a head's file too, and leaves the head out."""
+) -> tuple[dict[str, tuple[Path, str]], list[str]]:
+    """name in the network -> (file, key in it), and what is wrong. The encoder's keys may have the prefix `model.` or
+    not, whatever the class: an encoder opens a head's file too, and leaves the head out."""
     prefix = "" if isinstance(model, ModernBert) else "model."
-    found: dict[str, tuple[Any, str]] = {}
+    found: dict[str, tuple[Path, str]] = {}
     problems = []
     for path in files:
-        file = open_safetensors(path)
-        for key in file.keys():  # noqa: SIM118  not a dict
+        for key, shape in _shapes(path).items():
             bare = key.removeprefix("model.")
             part = bare.partition(".")[0]
             name = prefix + bare if part in _BASE_PARTS else key
@@ -280,18 +276,37 @@ def _match(
                 problems.append(f"unexpected {key}")
             elif name in found:
                 problems.append(f"{found[name][1]} and {key} are the same tensor")
-            else:
-                found[name] = (file, key)
+            elif shape != expected[name]:
+                problems.append(f"{key} has the shape {shape}, the config asks for {expected[name]}")
+            found.setdefault(name, (path, key))
     return found, problems
 
 
-def _read(file: Any, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    tensor: Tensor = file.get_tensor(key)
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    file = open_safetensors(path)
+    return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  not a dict
+
+
+def load_dense(folder: Path, expected: dict[str, tuple[Any, ...]], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a sentence-transformers Dense module, in fp32, if they have the shapes that its config gives."""
+    shapes = {key: (path, shape) for path in weight_files(folder) for key, shape in _shapes(path).items()}
+    if {key: shape for key, (_, shape) in shapes.items()} != expected:
+        found = {key: shape for key, (_, shape) in shapes.items()}
+        raise CheckpointError(f"{folder}: its config.json asks for {expected}, the file has {found}")
+    return {key: _read(path, key, device, torch.float32) for key, (path, _) in shapes.items()}
+
+
+def _read(path: Path, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Mapped anew for each tensor: the mapping of one that was converted goes with it, and its pages with the mapping.
+    try:
+        tensor: Tensor = open_safetensors(path).get_tensor(key)
+    except (SafetensorError, AttributeError) as error:  # a type that this safetensors or this torch doesn't know
+        raise CheckpointError(f"{key} can't be read: {error}; only {', '.join(_DTYPES)} are") from None
     if tensor.dtype not in (*_DTYPES.values(), torch.float64):
         raise CheckpointError(f"{key} is stored as {tensor.dtype}; only {', '.join(_DTYPES)} are read")
     converted = tensor.to(device=device, dtype=dtype)
-    # One pass: a sum is finite only if every term is (fp32 can't overflow from summing sane weights).
-    if not torch.isfinite(converted.sum(dtype=torch.float32)):
+    # A sum is finite only if every term is. In pieces, because torch sums 16-bit numbers through a copy in fp32.
+    if not all(torch.isfinite(part.sum(dtype=torch.float32)) for part in converted.flatten().split(1 << 20)):
         bad = int((~torch.isfinite(tensor)).sum())
         how = f"{bad} values that are NaN or infinite" if bad else f"values too large for {dtype}"
         raise CheckpointError(f"{key} holds {how}: the checkpoint is damaged, or needs another dtype")

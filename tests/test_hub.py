@@ -25,10 +25,12 @@ REPO = "someone/some-model"
 WEIGHTS = "model.safetensors"
 CLIENT = """
 import contextlib, importlib, json, os, signal, socket, sys, traceback, warnings
-import modernbert_lite.embedder, modernbert_lite.weights
-for name in ("httpx2", "httpx", "requests", "yaml", "tqdm.auto", "tqdm.contrib.concurrent", "fsspec"):  # what it imports
+import torch, modernbert_lite.embedder
+for name in ("httpx2", "httpx", "requests", "yaml", "tqdm.auto", "tqdm.contrib.concurrent", "fsspec"):
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
+torch.set_num_threads(1)  # threads don't live through a fork
+modernbert_lite.load_model("tiny", device="cpu")  # brings in what torch loads late
 assert "huggingface_hub" not in sys.modules
 
 def run(job):
@@ -130,6 +132,7 @@ class Hub:
             return 401, {"X-Error-Code": "GatedRepo"}, {"error": "a token is needed"}
         api = path.startswith("/api/models/")
         parts = path.removeprefix("/api/models").strip("/").split("/")
+        parts += ["revision", "main"][len(parts) - 2 :] if len(parts) < 4 else []
         repo, what, revision, rest = "/".join(parts[:2]), parts[2], parts[3], "/".join(parts[4:])
         if repo not in self.repos:
             return 404, {"X-Error-Code": "RepoNotFound"}, {"error": "no such repository"}
@@ -519,7 +522,7 @@ def test_a_repository_without_optional_files_is_looked_up_once_only(hub, run, en
     assert hub.requests == []
 
 
-OFFLINE = {
+OFFLINE = {  # by what: options, environment
     "argument": ({"local_files_only": True}, {}),
     "environment": ({}, {"HF_HUB_OFFLINE": "1"}),
     "both": ({"local_files_only": True}, {"HF_HUB_OFFLINE": "1"}),

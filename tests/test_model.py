@@ -362,6 +362,24 @@ def test_the_weights_may_be_changed_after_a_forward_pass(make):
     assert difference(model(batch), fresh(batch)) <= 1e-6
 
 
+@pytest.mark.parametrize("backend", ["torch", "onednn", "auto"])
+def test_gradients_equal_transformers(make, monkeypatch, backend):
+    """Loaded weights are frozen; unfrozen, every one of them gets transformers' gradient."""
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", backend)
+    folder, reference = make()
+    model = ml.load_model(folder).requires_grad_(True)
+    rows = sequences([130, 3])
+    ids, mask = padded(rows, "right")
+    weights = torch.linspace(-1, 1, 133 * 96).view(133, 96)
+    (model(ml.pack(rows)) * weights).sum().backward()
+    (reference(ids, mask).last_hidden_state[mask.bool()] * weights).sum().backward()
+    expected = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        right = expected[name].grad
+        # Sums over all tokens, so larger than hidden states: relative to the largest.
+        assert difference(parameter.grad, right) <= 2e-5 * max(1.0, right.abs().max().item()), name
+
+
 # --- the window
 
 

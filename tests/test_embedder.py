@@ -1,0 +1,472 @@
+"""Embedder: texts of any kind, order and number in, vectors in the caller's order out; and what is refused."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import modernbert_lite as ml
+from modernbert_lite import CheckpointError, Embedder
+
+TINY = Path(__file__).parents[1] / "modernbert_lite" / "tiny"
+WORDS = ["river", "stone", "quick", "green", "house", "never", "apple", "walk", "under", "seven", "music", "cold"]
+
+
+def text(i: int, words: int) -> str:
+    return " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(words))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Embedder.from_pretrained("tiny")
+
+
+@pytest.fixture
+def unlike_tiny(tmp_path):
+    """make(config={...}, sentence={...}): the bundled model's folder with some keys of its files changed."""
+
+    def make(pooling=None, **files):
+        folder = tmp_path / "changed"
+        shutil.copytree(TINY, folder)
+        for name, changes in files.items():
+            path = folder / f"{name}.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        if pooling is not None:
+            (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+        return folder
+
+    return make
+
+
+def assert_same(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-5) -> None:
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    assert np.abs(a - b).max(initial=0) <= tolerance
+
+
+# ---- order, batches, laziness --------------------------------------------------------------------------------------
+
+
+def test_vectors_come_in_the_callers_order_whatever_the_batch(tiny):
+    texts = [text(i, n) for i, n in enumerate([3, 200, 1, 70, 70, 0, 12, 130, 2, 64, 33])]
+    alone = np.stack([tiny.encode(t) for t in texts])
+    assert_same(tiny.encode(texts), alone)
+    assert_same(tiny.encode(texts[::-1]), alone[::-1])
+    assert_same(tiny.encode(texts * 3), np.concatenate([alone] * 3))
+    for batch_tokens in (1, 100, 1 << 20):
+        other = Embedder.from_pretrained("tiny", batch_tokens=batch_tokens)
+        assert_same(other.encode(texts), alone)
+
+
+def test_vectors_are_fp32_and_of_unit_length_where_the_repository_says_so(tiny):
+    vectors = tiny.encode(["one", "two words"])
+    assert (vectors.dtype, vectors.shape, tiny.dimension) == (np.float32, (2, 384), 384)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+def test_one_string_gives_one_vector(tiny):
+    vector = tiny.encode("one")
+    assert vector.shape == (384,)
+    assert_same(vector[None], tiny.encode(["one"]))
+
+
+def test_nothing_gives_an_empty_array_of_the_right_width(tiny):
+    for nothing in ([], (), iter([])):
+        assert tiny.encode(nothing).shape == (0, 384)
+    assert tiny.encode([]).dtype == np.float32
+    assert tiny.encode([], truncate_dim=96).shape == (0, 96)
+    assert tiny.encode([], precision="float16").dtype == np.float16
+    assert tiny.encode([], precision="ubinary").shape == (0, 48)
+    assert tiny.encode([], precision="int8").shape == (0, 384)
+    assert list(tiny.stream([])) == []
+
+
+def test_an_empty_string_is_embedded(tiny):
+    vectors = tiny.encode(["", "word", ""])
+    assert np.isfinite(vectors).all()
+    assert_same(vectors[0], vectors[2])
+    assert_same(vectors[:1], tiny.encode([""]))
+
+
+@pytest.mark.parametrize("kind", [tuple, iter, lambda t: (x for x in t), lambda t: dict.fromkeys(t), np.array])
+def test_any_iterable_of_strings_is_taken(tiny, kind):
+    texts = ["first", "second of them", "third"]
+    assert_same(tiny.encode(kind(texts)), tiny.encode(texts))
+
+
+def test_a_generator_is_read_lazily(tiny):
+    read = 0
+
+    def endless():
+        nonlocal read
+        for i in itertools.count():
+            read += 1
+            yield WORDS[i % len(WORDS)]
+
+    blocks = tiny.stream(endless())
+    assert read == 0
+    first = next(blocks)
+    assert read == len(first) <= 4_096
+    second = next(blocks)
+    assert read == len(first) + len(second) <= 2 * 4_096
+    assert_same(first[: len(WORDS)], tiny.encode(WORDS))
+
+
+def test_long_texts_are_read_by_characters_not_by_number():
+    model = Embedder.from_pretrained("tiny", max_seq_length=8)
+    read = 0
+
+    def endless():
+        nonlocal read
+        while True:
+            read += 1
+            yield "word " * 40_000
+
+    blocks = model.stream(endless())
+    next(blocks)
+    assert read <= 6  # 1 MiB in texts of 200 kB
+    blocks.close()
+
+
+def test_encode_takes_a_generator_of_more_than_one_window(tiny):
+    count = 4_096 + 5
+    vectors = tiny.encode(WORDS[i % len(WORDS)] for i in range(count))
+    assert_same(vectors, np.resize(tiny.encode(WORDS), (count, 384)))
+
+
+def test_threads_may_share_one_embedder(tiny):
+    texts = [[text(i + n, 1 + (i * n) % 40) for i in range(20)] for n in range(4)]
+    expected = [tiny.encode(t) for t in texts]
+    results: dict[int, np.ndarray] = {}
+
+    def work(n: int) -> None:
+        for _ in range(3):
+            results[n] = tiny.encode(texts[n])
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n in range(4):
+        assert_same(results[n], expected[n])
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"), [(None, "NoneType"), (7, "int"), (b"bytes", "bytes"), (["list"], "list"), (("a", "b"), "tuple")]
+)
+def test_an_item_that_is_no_string_is_named(tiny, bad, kind):
+    with pytest.raises(TypeError, match=f"text 2 is {kind} .*each text must be a str"):
+        tiny.encode(["fine", "fine", bad, "fine"])
+
+
+@pytest.mark.parametrize("bad", [None, 7, 3.5])
+def test_what_is_no_iterable_is_a_type_error(tiny, bad):
+    with pytest.raises(TypeError):
+        tiny.encode(bad)
+
+
+def test_a_lone_surrogate_is_named_by_its_place_in_the_whole_input(tiny):
+    with pytest.raises(ValueError, match="text 1 is not valid Unicode"):
+        tiny.encode(["fine", "broken \ud83d"])
+    texts = itertools.chain(itertools.repeat("a", 4_100), ["\udc00"])
+    with pytest.raises(ValueError, match="text 4100 is not valid Unicode"):
+        tiny.encode(texts)
+
+
+def test_over_long_texts_are_cut_counted_and_warned_of_once(tiny):
+    texts = [text(i, 900) if i % 3 == 0 else "short" for i in range(10)]
+    with pytest.warns(UserWarning, match="4 of 10 texts were longer than 512 tokens and were cut") as caught:
+        vectors = tiny.encode(texts)
+    assert len(caught) == 1
+    assert np.isfinite(vectors).all()
+
+
+def test_the_count_goes_over_all_windows():
+    model = Embedder.from_pretrained("tiny", max_seq_length=6)
+    texts = ["one two three four five six seven" if i % 1000 == 0 else "a" for i in range(5_000)]
+    with pytest.warns(UserWarning, match="5 of 5000 texts were longer than 6 tokens") as caught:
+        model.encode(texts)
+    assert len(caught) == 1
+
+
+def test_a_cut_text_is_its_beginning():
+    model = Embedder.from_pretrained("tiny", max_seq_length=6)
+    with pytest.warns(UserWarning, match="1 of 1 texts"):
+        cut = model.encode("one two three four five six seven")
+    assert_same(cut, model.encode("one two three four"))
+
+
+def test_over_long_texts_may_be_an_error():
+    model = Embedder.from_pretrained("tiny", on_long="error")
+    with pytest.raises(ValueError, match="text 2 is longer than 512 tokens, and on_long is 'error'"):
+        model.encode(["short", "short", text(0, 900), "short"])
+    assert model.encode(["short"]).shape == (1, 384)
+
+
+def test_a_text_of_ten_megabytes_works_in_seconds(tiny):
+    start = time.perf_counter()
+    with pytest.warns(UserWarning, match="1 of 2 texts"):
+        vectors = tiny.encode(["a great deal of text, " * 460_000, "short"])
+    assert time.perf_counter() - start < 5
+    assert np.isfinite(vectors).all()
+
+
+def test_nul_bytes_are_text(tiny):
+    with_nul, without = tiny.encode(["a\0b", "ab"])
+    assert np.isfinite(with_nul).all()
+    assert np.abs(with_nul - without).max() > 1e-3
+
+
+def test_ids_outside_the_vocabulary_are_refused(make_checkpoint):
+    folder, _ = make_checkpoint(vocab_size=1000, pad_token_id=0, bos_token_id=1, eos_token_id=2, num_hidden_layers=1)
+    with pytest.warns(UserWarning, match="not an embedding model"):
+        model = Embedder.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"token id \d+ is outside the vocabulary \(ids 0 to 999\)"):
+        model.encode("some text")
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_put_before_every_text(unlike_tiny):
+    model = Embedder.from_pretrained(
+        unlike_tiny(config_sentence_transformers={"prompts": {"query": "find: ", "document": "text: "}})
+    )
+    texts = ["one", "two of them"]
+    query, document = (model.encode([p + t for t in texts]) for p in ("find: ", "text: "))
+    assert_same(model.encode(texts, prompt="find: "), query)
+    assert_same(model.encode(texts, prompt_name="query"), query)
+    assert_same(model.encode_query(texts), query)
+    assert_same(model.encode_document(texts), document)
+    assert_same(model.encode_query(texts, prompt="text: "), document)
+    assert_same(model.encode_query(texts, prompt_name="document"), document)
+    assert_same(model.encode("one", prompt_name="query"), query[0])
+    assert np.abs(model.encode(texts) - query).max() > 1e-3
+
+
+def test_the_default_prompt_is_used_and_can_be_left_out(unlike_tiny):
+    model = Embedder.from_pretrained(
+        unlike_tiny(config_sentence_transformers={"prompts": {"q": "find: "}, "default_prompt_name": "q"})
+    )
+    assert_same(model.encode("one"), model.encode("one", prompt="find: "))
+    assert_same(model.encode("find: one", prompt=""), model.encode("one"))
+
+
+def test_an_unknown_prompt_name_is_refused_with_the_known_ones(tiny):
+    with pytest.raises(ValueError, match=r"prompt_name is 'queri'; this model has \['document', 'query'\]"):
+        tiny.encode("one", prompt_name="queri")
+
+
+@pytest.mark.parametrize("bad", [7, b"query: ", ["query: "]])
+def test_a_prompt_that_is_no_string_is_refused(tiny, bad):
+    with pytest.raises(TypeError, match=type(bad).__name__):
+        tiny.encode("one", prompt=bad)
+
+
+def test_truncate_dim_cuts_then_normalises(tiny):
+    whole = tiny.encode(["one", "two words"])
+    expected = whole[:, :96] / np.linalg.norm(whole[:, :96], axis=1, keepdims=True)
+    assert_same(tiny.encode(["one", "two words"], truncate_dim=96), expected)
+    assert_same(tiny.encode(["one", "two words"], truncate_dim=384), whole)
+    always = Embedder.from_pretrained("tiny", truncate_dim=96)
+    assert_same(always.encode(["one", "two words"]), expected)
+    assert always.encode("one", truncate_dim=7).shape == (7,)
+    assert always.encode([]).shape == (0, 96)
+
+
+@pytest.mark.parametrize("dim", [0, -1, 385])
+def test_truncate_dim_outside_the_width_is_refused(tiny, dim):
+    with pytest.raises(ValueError, match=f"truncate_dim is {dim}; it must be from 1 to 384"):
+        tiny.encode("one", truncate_dim=dim)
+    with pytest.raises(ValueError, match=f"truncate_dim is {dim}"):
+        Embedder.from_pretrained("tiny", truncate_dim=dim)
+
+
+def test_normalize_embeddings_where_the_repository_does_not(make_checkpoint):
+    folder, _ = make_checkpoint(num_hidden_layers=1)
+    with pytest.warns(UserWarning, match="not an embedding model"):
+        model = Embedder.from_pretrained(folder)
+    raw, unit = model.encode("some words"), model.encode("some words", normalize_embeddings=True)
+    assert abs(np.linalg.norm(raw) - 1) > 0.1
+    assert_same(unit, raw / np.linalg.norm(raw))
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "width"),
+    [
+        ("float32", "float32", 384),
+        ("float16", "float16", 384),
+        ("int8", "int8", 384),
+        ("uint8", "uint8", 384),
+        ("binary", "int8", 48),
+        ("ubinary", "uint8", 48),
+    ],
+)
+def test_precisions(tiny, precision, dtype, width):
+    vectors = tiny.encode(WORDS, precision=precision)
+    assert (vectors.shape, vectors.dtype) == ((len(WORDS), width), np.dtype(dtype))
+
+
+def test_unknown_or_impossible_precisions_are_refused(tiny):
+    with pytest.raises(ValueError, match="precision is 'int4'; it must be one of float32, float16, int8"):
+        tiny.encode(["one", "two"], precision="int4")
+    with pytest.raises(ValueError, match="one embedding has no range to cut into int8"):
+        tiny.encode("one", precision="int8")
+    with pytest.raises(ValueError, match=r"ranges has shape \(2, 5\); it must be \(2, 384\)"):
+        tiny.encode(["one", "two"], precision="uint8", ranges=np.zeros((2, 5)))
+
+
+def test_an_unknown_precision_is_refused_before_the_work(tiny):
+    with pytest.raises(ValueError, match="precision is 'int4'"):
+        tiny.encode((pytest.fail("a text was read") for _ in range(1)), precision="int4")
+
+
+def test_a_single_text_may_be_quantised_by_given_ranges(tiny):
+    ranges = np.stack([np.full(384, -0.2), np.full(384, 0.2)])
+    vector = tiny.encode("one", precision="int8", ranges=ranges)
+    assert (vector.shape, vector.dtype) == ((384,), np.int8)
+    assert_same(vector, tiny.encode(["one", "two"], precision="int8", ranges=ranges)[0], 0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_low_precision_weights(tiny, dtype):
+    texts = [text(i, n) for i, n in enumerate([1, 5, 64, 150])]
+    vectors = Embedder.from_pretrained("tiny", dtype=dtype).encode(texts)
+    assert vectors.dtype == np.float32
+    assert (vectors * tiny.encode(texts)).sum(1).min() >= 0.999
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ValueError, match="on_long is 'warn'; it must be one of truncate, error"):
+        Embedder.from_pretrained("tiny", on_long="warn")
+    with pytest.raises(ValueError, match="batch_tokens is 0; it must be at least 1"):
+        Embedder.from_pretrained("tiny", batch_tokens=0)
+    with pytest.raises(ValueError, match="max_seq_length is 2; the template alone takes 3 tokens"):
+        Embedder.from_pretrained("tiny", max_seq_length=2)
+    with pytest.raises(ValueError, match="dtype is 'float8'; it must be one of float32, float16, bfloat16"):
+        Embedder.from_pretrained("tiny", dtype="float8")
+    with pytest.raises(ValueError, match="device 'gpu' can't be used"):
+        Embedder.from_pretrained("tiny", device="gpu")
+    with pytest.raises(TypeError, match="batch_size"):
+        Embedder.from_pretrained("tiny", batch_size=32)
+
+
+def test_similarity(tiny):
+    a, b, c = tiny.encode(["A man plays the guitar.", "Someone is playing an instrument.", "Stocks fell on Monday."])
+    table = tiny.similarity(np.stack([a, b]), np.stack([a, b, c]))
+    assert table.shape == (2, 3)
+    assert table[0, 0] == pytest.approx(1, abs=1e-6)
+    assert table[0, 1] > table[0, 2] + 0.2
+    assert tiny.similarity(a, b).shape == (1, 1)
+    assert tiny.similarity(a, torch.from_numpy(b))[0, 0] == pytest.approx(float(a @ b), abs=1e-6)
+    assert tiny.similarity(tiny.encode([]), np.stack([a])).shape == (0, 1)
+    with pytest.raises(ValueError, match="embeddings have 384 and 96 dimensions"):
+        tiny.similarity(a, b[:96])
+
+
+# ---- which checkpoints ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "right"),
+    [("ModernBertForSequenceClassification", "Reranker"), ("ModernBertForTokenClassification", "load_model")],
+)
+def test_a_classifier_is_refused_with_the_right_class(make_checkpoint, architecture, right):
+    folder, _ = make_checkpoint(architecture, num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match=f"holds a {architecture}, a classifier .*: use {right}"):
+        Embedder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("architecture", ["ModernBertModel", "ModernBertForMaskedLM"])
+def test_a_base_without_pooling_files_is_no_embedding_model(make_checkpoint, architecture):
+    folder, _ = make_checkpoint(architecture, num_hidden_layers=1)
+    with pytest.warns(UserWarning, match="has no pooling files: it is not an embedding model") as caught:
+        model = Embedder.from_pretrained(folder)
+    assert len(caught) == 1
+    hidden = ml.load_model(folder)
+    ids = model.tokenizer.encode(["some words"])[0]
+    if architecture == "ModernBertModel":
+        assert_same(model.encode("some words"), hidden(ml.pack(ids)).mean(0).numpy())
+
+
+def test_the_default_model_is_named_on_stderr(capsys):
+    model = Embedder.from_pretrained()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "'tiny'" in captured.err
+    assert "Alibaba-NLP/gte-modernbert-base" in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert model.dimension == 384
+    Embedder.from_pretrained("tiny")
+    assert capsys.readouterr().err == ""
+
+
+# ---- progress bar --------------------------------------------------------------------------------------------------
+
+
+def test_a_bar_is_drawn_on_stderr_only_when_asked(tiny, capsys):
+    tiny.encode(["one"] * 5)
+    tiny.encode(["one"] * 5, show_progress_bar=False)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    tiny.encode(["one"] * 5, show_progress_bar=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "5/5" in captured.err
+
+
+def test_a_terminal_gets_a_bar_unless_it_is_turned_off(tiny, capsys, monkeypatch):
+    import tqdm
+
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(kwargs)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    tiny.encode(["one"])
+    assert bars[-1]["disable"] is False
+    assert bars[-1]["delay"] >= 0.5  # short work draws nothing
+    assert bars[-1]["file"] is sys.stderr
+    tiny.encode(["one"], show_progress_bar=False)
+    assert bars[-1]["disable"] is True
+    assert capsys.readouterr().err == ""
+
+
+# ---- the first use of torch in a process ---------------------------------------------------------------------------
+
+
+def test_an_embedder_needs_no_network_and_no_transformers():
+    program = """
+import socket, sys
+socket.socket.connect = lambda *_: sys.exit("tried to reach the network")
+sys.modules["transformers"] = sys.modules["sentence_transformers"] = None
+from modernbert_lite import Embedder
+print(Embedder.from_pretrained("tiny").encode(["hello"]).shape)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.strip() == "(1, 384)"
+    assert done.stderr == ""
+
+
+def test_no_warning_comes_from_ordinary_use(tiny):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.encode(["one", "two words", ""], precision="int8")

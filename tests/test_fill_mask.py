@@ -1,0 +1,154 @@
+"""FillMask: the likeliest tokens for every [MASK], and what is refused."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import modernbert_lite as ml
+from modernbert_lite import CheckpointError, FillMask
+
+TEXTS = [
+    "The capital of France is [MASK].",
+    "[MASK] [MASK] and " + "more words " * 60 + "[MASK]",
+    "A [MASK]",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.ModernBertConfig(
+        hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2
+    )
+    folder = tmp_path_factory.mktemp("masked")
+    transformers.ModernBertForMaskedLM(config).save_pretrained(folder)
+    for path in (Path(__file__).parent / "data" / "modernbert-tokenizer").glob("*token*.json"):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return FillMask.from_pretrained(folder)
+
+
+def expected(model, folder, text, top_k):
+    """By the logits of the bare network over the whole text."""
+    ids = model.tokenizer.encode([text])[0][0]
+    probabilities = ml.load_model(folder)(ml.pack([ids])).softmax(-1)
+    return [probabilities[i].topk(top_k) for i, token in enumerate(ids) if token == 50284]
+
+
+def test_every_mask_gets_its_likeliest_tokens(model, folder):
+    got = model.predict(TEXTS, top_k=3)
+    assert [len(masks) for masks in got] == [1, 3, 1]
+    for text, masks in zip(TEXTS, got, strict=True):
+        for tokens, (scores, ids) in zip(masks, expected(model, folder, text, 3), strict=True):
+            assert [t["token_id"] for t in tokens] == ids.tolist()
+            assert np.abs(np.array([t["score"] for t in tokens]) - scores.numpy()).max() <= 1e-5
+            assert all(t.keys() == {"token", "token_id", "score"} for t in tokens)
+            assert [t["token"] for t in tokens] == [model.tokenizer.decode(i) for i in ids.tolist()]
+
+
+def test_one_string_gives_its_masks_alone(model):
+    alone = model.predict(TEXTS[1])
+    assert len(alone) == 3
+    assert [len(tokens) for tokens in alone] == [5, 5, 5]
+    together = model.predict(TEXTS)[1]
+    assert [[t["token_id"] for t in m] for m in alone] == [[t["token_id"] for t in m] for m in together]
+    assert model(TEXTS[1]) == alone
+
+
+def test_texts_come_in_order_whatever_the_batch(folder, model):
+    ids = [[[t["token_id"] for t in tokens] for tokens in masks] for masks in model.predict(iter(TEXTS * 2))]
+    assert ids[:3] == ids[3:]
+    small = FillMask.from_pretrained(folder, batch_tokens=1)
+    assert ids[:3] == [[[t["token_id"] for t in tokens] for tokens in masks] for masks in small.predict(TEXTS)]
+
+
+def test_many_masks_are_taken_in_parts(model, monkeypatch):
+    """More [MASK]s than logits are held for at a time."""
+    texts = ["[MASK] a" * n for n in (1, 4, 2)]
+    whole = model.predict(texts)
+    monkeypatch.setattr("modernbert_lite.fill_mask._ROWS", 3)
+    parts = model.predict(texts)
+    assert [len(masks) for masks in parts] == [1, 4, 2]
+    assert [[[t["token_id"] for t in m] for m in masks] for masks in parts] == [
+        [[t["token_id"] for t in m] for m in masks] for masks in whole
+    ]
+
+
+def test_no_texts_give_an_empty_list(model):
+    assert model.predict([]) == []
+    assert model.predict(iter(())) == []
+
+
+def test_probabilities_of_the_whole_vocabulary_add_up_to_one(model):
+    (tokens,) = model.predict("a [MASK]", top_k=50368)
+    assert len(tokens) == 50368
+    assert sum(t["score"] for t in tokens) == pytest.approx(1, abs=1e-4)
+    assert [t["score"] for t in tokens] == sorted((t["score"] for t in tokens), reverse=True)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 50369])
+def test_a_top_k_outside_the_vocabulary_is_refused(model, top_k):
+    with pytest.raises(ValueError, match=f"top_k is {top_k}; it must be from 1 to 50368"):
+        model.predict("a [MASK]", top_k=top_k)
+
+
+def test_a_text_without_a_mask_is_named(model):
+    with pytest.raises(ValueError, match=r"text 1 has no \[MASK\] in its first 8192 tokens"):
+        model.predict(["a [MASK]", "none", "b [MASK]"])
+    with pytest.raises(ValueError, match=r"text 0 has no \[MASK\]"):
+        model.predict("")
+
+
+def test_a_mask_that_is_cut_off_is_missed(folder):
+    model = FillMask.from_pretrained(folder, max_seq_length=16)
+    with (
+        pytest.warns(UserWarning, match="1 of 1 texts were longer than 16 tokens"),
+        pytest.raises(ValueError, match=r"text 0 has no \[MASK\] in its first 16 tokens"),
+    ):
+        model.predict("word " * 30 + "[MASK]")
+    strict = FillMask.from_pretrained(folder, max_seq_length=16, on_long="error")
+    with pytest.raises(ValueError, match="text 0 is longer than 16 tokens"):
+        strict.predict("word " * 30 + "[MASK]")
+
+
+def test_items_that_are_no_strings_are_named(model):
+    with pytest.raises(TypeError, match="text 1 is int"):
+        model.predict(["a [MASK]", 7])
+
+
+def test_the_mask_token_is_public(model):
+    assert model.mask_token == "[MASK]"
+
+
+def test_another_checkpoint_is_refused(make_checkpoint):
+    folder, _ = make_checkpoint(num_hidden_layers=1, hidden_size=32, num_attention_heads=1)
+    with pytest.raises(CheckpointError, match=r"holds a ModernBertModel; FillMask needs a \.\.\.ForMaskedLM"):
+        FillMask.from_pretrained(folder)
+
+
+def test_a_model_must_be_named():
+    with pytest.raises(TypeError, match=r"FillMask\.from_pretrained needs a model"):
+        FillMask.from_pretrained()
+
+
+def test_a_tokenizer_without_a_mask_is_refused(folder, tmp_path):
+    import json
+
+    copy = tmp_path / "unmasked"
+    shutil.copytree(folder, copy)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (copy / name).unlink(missing_ok=True)
+    stored = (copy / "tokenizer.json").read_text(encoding="utf-8").replace('"[MASK]"', '"[HIDDEN]"')
+    json.loads(stored)
+    (copy / "tokenizer.json").write_text(stored, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="has no mask token"):
+        FillMask.from_pretrained(copy)

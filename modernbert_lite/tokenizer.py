@@ -31,58 +31,102 @@ class Tokenizer:
             raise CheckpointError(f"no tokenizer.json in {folder}; save it with transformers' fast tokenizer")
         beside = folder / "tokenizer_config.json"
         settings = read_json(beside, MAX_TOKENIZER_JSON_BYTES) if beside.is_file() else {}
-        direction = settings.get("truncation_side") or "right"
+        self._keeps_beginning = settings.get("truncation_side") != "left"
         with _no_panic(f"{path} can't be read"):
             self._rust = RustTokenizer.from_file(str(path))
             if lower_case:  # by the normalizer, not on the text: special tokens spelled out in it stay what they are
                 own = self._rust.normalizer
                 self._rust.normalizer = Sequence([Lowercase(), own] if own else [Lowercase()])
-            special = self._rust.num_special_tokens_to_add(is_pair=True)
-            if max_length <= special:
-                raise ValueError(f"max_seq_length is {max_length}; the template alone takes {special} tokens")
-            # Whatever truncation and padding the file holds is overridden.
+            # Truncation is done here, not by the library, which keeps all that it cuts off: for a pair every cut piece
+            # of one side with every one of the other, gigabytes for two texts of 100 kB.
             self._rust.no_padding()
-            self._rust.enable_truncation(max_length, strategy="longest_first", direction=direction)
+            self._rust.no_truncation()
+            self._single, self._pair = self._template(is_pair=False), self._template(is_pair=True)
+        special = len(self._pair) - 2
+        if max_length <= special:
+            raise ValueError(f"max_seq_length is {max_length}; the template alone takes {special} tokens")
         self.max_length = max_length
-        self._keeps_beginning = direction == "right"
         self.mask_token, self.mask_token_id = self._find_mask(folder, settings)
 
     def encode(self, texts: SequenceOf[Text], first: int = 0) -> tuple[list[list[int]], int]:
         """Ids of each text or pair, and how many were cut to max_length. `first` is the number of the first text, for
         error messages. Raises ValueError for text that isn't valid Unicode (lone surrogates), naming it."""
         try:
+            # Pairs are not clipped: how the two share the room depends on which is longer.
+            sides = [s for text in texts for s in ([self._clip(text)] if isinstance(text, str) else text)]
             with _no_panic("these texts can't be tokenized"):
-                encodings = self._rust.encode_batch_fast([self._clip(text) for text in texts])
+                encodings = iter(self._rust.encode_batch_fast(sides, add_special_tokens=False))
         except CheckpointError:
             for i, text in enumerate(texts, first):
-                _check_unicode(text, i)
+                for side in _sides(text):
+                    check_unicode(side, f"text {i}")
             raise
-        cut = sum(len(e.ids) >= self.max_length and bool(e.overflowing) for e in encodings)
-        return [e.ids for e in encodings], cut
+        ids, cut = [], 0
+        for text in texts:
+            parts = [next(encodings).ids for _ in _sides(text)]
+            template = self._single if len(parts) == 1 else self._pair
+            room = self.max_length - len(template) + len(parts)
+            if sum(map(len, parts)) > room:
+                parts, cut = self._cut(parts, room), cut + 1
+            ids.append([i for item in template for i in ((item,) if item >= 0 else parts[~item])])
+        return ids, cut
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens that a prompt takes at the start of a text, the template's first ones included."""
-        _check_unicode(prompt, 0)
+        check_unicode(prompt, "the prompt")
         with _no_panic("the prompt can't be tokenized"):
-            encoding = self._rust.encode(prompt)
-        return len(encoding.ids) - (encoding.special_tokens_mask[-1] if encoding.ids else 0)
+            return self._single.index(~0) + len(self._rust.encode(prompt, add_special_tokens=False).ids)
 
     def decode(self, token_id: int) -> str:
         """One token as text, with its leading space if it has one."""
         with _no_panic(f"token {token_id} can't be decoded"):
             return str(self._rust.decode([token_id], skip_special_tokens=False))
 
-    def _clip(self, text: Text) -> Text:
-        """The beginning of a very long text, if it alone is too long already: what is cut off anyway need not be
+    def _template(self, is_pair: bool) -> list[int]:
+        """Special tokens and places of texts, read off the file's own template: ~0 is the first text, ~1 the second.
+
+        [CLS] A [SEP] B [SEP] -> [50281, -1, 50282, -2, 50282]
+        """
+        encoding = self._rust.encode("a", "a" if is_pair else None)
+        template: list[int] = []
+        for token, text in zip(encoding.ids, encoding.sequence_ids, strict=True):
+            if text is None:
+                template.append(token)
+            elif template[-1:] != [~text]:
+                template.append(~text)
+        if sorted(item for item in template if item < 0) != [~1, ~0][1 - is_pair :]:
+            raise ValueError(f"its template gives {encoding.tokens} for {'two texts' if is_pair else 'a text'} 'a'")
+        return template
+
+    def _cut(self, parts: list[list[int]], room: int) -> list[list[int]]:
+        """Down to `room` tokens together, the longer one of a pair first, as tokenizers' longest_first does: of two
+        that are both longer than half, the longer (or the second) gets the odd token."""
+        sizes = [len(part) for part in parts]
+        short = min(sizes)
+        if len(parts) == 1:
+            sizes = [room]
+        elif short <= room // 2:
+            sizes = [n if n == short else room - short for n in sizes]
+        else:
+            more = room - room // 2
+            sizes = [more, room // 2] if sizes[0] > sizes[1] else [room // 2, more]
+        if self._keeps_beginning:
+            return [part[:n] for part, n in zip(parts, sizes, strict=True)]
+        return [part[len(part) - n :] for part, n in zip(parts, sizes, strict=True)]
+
+    def _clip(self, text: str) -> str:
+        """The beginning of a very long text, if it alone has max_length tokens: what is cut off anyway need not be
         tokenized (10 MB take ten seconds). It ends at the end of a word, before which no later text changes a token.
-        Pairs are left whole: how they share max_length depends on which is longer."""
-        if isinstance(text, tuple) or not self._keeps_beginning:
-            return text
+        """
         size = self.max_length * _CLIP_CHARACTERS
-        while len(text) > 2 * size:
+        while self._keeps_beginning and len(text) > 2 * size:
             beginning = text[: max(text.rfind(" ", 0, size), text.rfind("\n", 0, size), 0)].rstrip()
-            if len(beginning) > size // 2 and self._rust.encode(beginning, add_special_tokens=False).overflowing:
-                return beginning
+            with _no_panic("this text can't be tokenized"):
+                if (
+                    len(beginning) > size // 2
+                    and len(self._rust.encode(beginning, add_special_tokens=False)) >= self.max_length
+                ):
+                    return beginning
             size *= 4
         return text
 
@@ -99,15 +143,19 @@ class Tokenizer:
         return None, None
 
 
-def _check_unicode(text: Text, i: int) -> None:
-    for part in text if isinstance(text, tuple) else (text,):
-        try:
-            part.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text {i} is not valid Unicode: {part[error.start]!r} at character {error.start} is half of a "
-                "surrogate pair; repair it, for example with text.encode('utf-8', 'replace').decode()"
-            ) from None
+def _sides(text: Text) -> tuple[str, ...]:
+    return (text,) if isinstance(text, str) else text
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raises ValueError for a text with half of a surrogate pair, which has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is not valid Unicode: {text[error.start]!r} at character {error.start} is half of a "
+            "surrogate pair; repair it, for example with text.encode('utf-8', 'replace').decode()"
+        ) from None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """FillMask: the likeliest tokens for every [MASK], and what is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -125,6 +126,20 @@ def test_items_that_are_no_strings_are_named(model):
         model.predict(["a [MASK]", 7])
 
 
+def test_a_mask_may_be_the_first_token_of_a_text(folder, tmp_path):
+    """Where the tokenizer adds no [CLS]."""
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    stored = json.loads((bare / "tokenizer.json").read_text(encoding="utf-8"))
+    (bare / "tokenizer.json").write_text(json.dumps({**stored, "post_processor": None}), encoding="utf-8")
+    model = FillMask.from_pretrained(bare)
+    assert model.tokenizer.encode(["[MASK]"])[0] == [[50284]]
+    texts = ["[MASK] a", "[MASK]", "b [MASK]"]
+    together = [[[t["token_id"] for t in tokens] for tokens in masks] for masks in model.predict(texts)]
+    assert [len(masks) for masks in together] == [1, 1, 1]
+    assert together == [[[t["token_id"] for t in tokens] for tokens in model.predict(text)] for text in texts]
+
+
 def test_the_mask_token_is_public(model):
     assert model.mask_token == "[MASK]"
 
@@ -141,8 +156,6 @@ def test_a_model_must_be_named():
 
 
 def test_a_tokenizer_without_a_mask_is_refused(folder, tmp_path):
-    import json
-
     copy = tmp_path / "unmasked"
     shutil.copytree(folder, copy)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):

@@ -93,6 +93,7 @@ def geglu(activated: Tensor, gate: Tensor, act: str) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached tensor may meet autograd later
 def _inverse_frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
     """(D / 2,) fp32: theta^(-2j/D), stretched as `rope.type` says (yarn: arXiv 2309.00071, section 3.2)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
@@ -186,6 +187,7 @@ def _runs(seqlens: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # a cached tensor may meet autograd later
 def _window_mask(
     queries: int, keys: int, offset: int, left: int, right: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -68,7 +68,10 @@ class Tokenizer:
             room = self.max_length - len(template) + len(parts)
             if sum(map(len, parts)) > room:
                 parts, cut = self._cut(parts, room), cut + 1
-            ids.append([i for item in template for i in ((item,) if item >= 0 else parts[~item])])
+            whole: list[int] = []
+            for item in template:
+                whole += (item,) if item >= 0 else parts[~item]
+            ids.append(whole)
         return ids, cut
 
     def prompt_length(self, prompt: str) -> int:

@@ -183,9 +183,9 @@ def test_attention_in_low_precision_is_as_good_as_torch(on, name, window, dtype)
 
 
 def test_local_attention_of_a_long_text_stays_in_its_window(on):
-    """Costs O(T * window): no (S, S) scores, which would take 8 GB here."""
+    """Costs O(T * window): no (S, S) scores, which would take 1 GB here."""
     on("torch")
-    S = 32_768
+    S = 16_384
     qkv = randn(S, 3, 1, 8)
     out = ops.attention(qkv, packed([S]), (64, 64))
     cut = slice(S // 2 - 200, S // 2 + 200)
@@ -375,23 +375,13 @@ def test_packed_weights_follow_changes_of_the_weight(on, change):
         assert not torch.allclose(gated, F.gelu(first) * second, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        lambda w: setattr(w, "data", w.data * 3.0),
-        pytest.param(
-            lambda w: w.data.mul_(3.0),
-            marks=pytest.mark.xfail(strict=True, reason="torch hides writes through .data from its version counter"),
-        ),
-    ],
-    ids=["assigned", "written"],
-)
-def test_packed_weights_follow_changes_through_data(on, data):
+def test_packed_weights_follow_data_that_is_assigned(on):
+    """(What is written in place through .data is hidden by torch from its own version counter, and from here.)"""
     on("onednn")
     x, weight = randn(5, 16), torch.nn.Parameter(randn(12, 16, seed=1))
     with torch.no_grad():
         ops.linear(x, weight)
-        data(weight)
+        weight.data = weight.data * 3.0
         assert torch.allclose(ops.linear(x, weight), F.linear(x, weight), atol=2e-5)
 
 
@@ -496,6 +486,27 @@ def test_gradients_flow_through_attention(on, name, window):
     got, qkv.grad = qkv.grad.clone(), None
     (naive_attention(qkv, seqlens, window) * weight).sum().backward()
     assert (got - qkv.grad).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_gradients_flow_after_inference_of_the_same_shape(on, name):
+    """What is kept between calls (window masks, frequencies) was made under inference_mode, by the first call."""
+    on(name)
+    rope, seqlens = Rope(12_345.0), [131, 7]  # numbers of this test alone: nothing is kept of them yet
+    batch, weight = packed(seqlens), randn(138, 2, 10, seed=1)
+
+    def forward(qkv):
+        turned = ops.rope_(qkv * 1.0, *ops.rope_table(rope, 10, batch.position_ids))
+        return (ops.attention(turned, batch, (33, 31)) * weight).sum()
+
+    qkv = randn(138, 3, 2, 10)
+    with torch.inference_mode():
+        expected = forward(qkv)
+    qkv.requires_grad_()
+    loss = forward(qkv)
+    loss.backward()
+    assert torch.allclose(loss, expected)
+    assert (qkv.grad.abs().amax(dim=(0, 2, 3)) > 0).all()
 
 
 def test_gradients_flow_through_a_whole_network(make_checkpoint, monkeypatch):

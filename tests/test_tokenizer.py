@@ -1,5 +1,6 @@
 """Token ids: equal to transformers', whatever the text, its length, and how many threads ask."""
 
+import functools
 import json
 import random
 import shutil
@@ -156,8 +157,7 @@ def test_special_tokens_come_from_the_template(tmp_path):
         },
     }
     tokenizer = Tokenizer(copied(REAL, tmp_path / "t", post_processor=template), 8)
-    plain = RustTokenizer.from_file(str(REAL / "tokenizer.json"))
-    a, b = (plain.encode(text, add_special_tokens=False).ids for text in ("one two", "three four five"))
+    a, b = (plain(REAL).encode(text, add_special_tokens=False).ids for text in ("one two", "three four five"))
     assert tokenizer.encode(["one two"])[0] == [[50282, 50282, *a]]
     assert tokenizer.encode([("one two", "three four five")])[0] == [[*b, 50284, *a, 50281]]
     long_single, cut = tokenizer.encode(["one " * 30])
@@ -167,8 +167,7 @@ def test_special_tokens_come_from_the_template(tmp_path):
 
 def test_no_template_means_no_special_tokens(tmp_path):
     tokenizer = Tokenizer(copied(REAL, tmp_path / "t", post_processor=None), 8)
-    plain = RustTokenizer.from_file(str(REAL / "tokenizer.json"))
-    ids = plain.encode("hello there", add_special_tokens=False).ids
+    ids = plain(REAL).encode("hello there", add_special_tokens=False).ids
     assert tokenizer.encode(["hello there", ""]) == ([ids, []], 0)
 
 
@@ -258,21 +257,25 @@ def test_eight_threads_share_one_tokenizer(folder):
 # ---- very long texts -----------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def plain(folder: Path) -> RustTokenizer:
+    """The file's tokenizer without truncation."""
+    tokenizer = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    return tokenizer
+
+
 def whole(folder: Path, text: str, max_length: int) -> list[int]:
     """The ids of the whole text, cut by hand."""
-    plain = RustTokenizer.from_file(str(folder / "tokenizer.json"))
-    plain.no_truncation()
-    first, *ids, last = plain.encode(text).ids
+    first, *ids, last = plain(folder).encode(text).ids
     return [first, *ids[: max_length - 2], last]
 
 
 def whole_pair(folder: Path, a: str, b: str, max_length: int) -> list[int]:
     """[CLS] a [SEP] b [SEP], the whole of both tokenized, cut longest first: token by token from the longer side (the
     second of two equal ones gets the odd token). By hand: transformers' takes tens of gigabytes for this."""
-    plain = RustTokenizer.from_file(str(folder / "tokenizer.json"))
-    plain.no_truncation()
-    left, right = (plain.encode(text, add_special_tokens=False).ids for text in (a, b))
-    cls, sep = plain.token_to_id("[CLS]"), plain.token_to_id("[SEP]")
+    left, right = (plain(folder).encode(text, add_special_tokens=False).ids for text in (a, b))
+    cls, sep = plain(folder).token_to_id("[CLS]"), plain(folder).token_to_id("[SEP]")
     room = max_length - 3
     if len(left) + len(right) > room:
         small, large = room // 2, room - room // 2

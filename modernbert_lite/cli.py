@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -24,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     warnings.showwarning = _show_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that a terminal can't show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args.run(args)
         sys.stdout.flush()
@@ -81,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--prompt", help="put before every text")
     embed.add_argument("--prompt-name", help="one of the model's prompts (see info)")
     embed.add_argument("--normalize", action="store_true", help="vectors of unit length")
-    embed.add_argument("--truncate-dim", type=int, metavar="N", help="the first N dimensions")
+    embed.add_argument("--truncate-dim", type=_count, metavar="N", help="the first N dimensions")
     embed.add_argument(
         "--precision",
         choices=("float32", "float16", "int8", "uint8", "binary", "ubinary"),
@@ -96,14 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_input(rerank)
     _add_model(rerank, "a reranker; default: the bundled embedding model's cosine similarity")
-    rerank.add_argument("--top-k", type=int, metavar="K", help="only the best K")
+    rerank.add_argument("--top-k", type=_count, metavar="K", help="only the best K")
     rerank.add_argument("--format", choices=("table", "jsonl"), default="table", help="default: table")
 
     fill = command("fill-mask", _fill_mask, "The likeliest tokens for every [MASK].")
     fill.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, --input or standard input")
     _add_input(fill)
     _add_model(fill, "a masked language model", required=True)
-    fill.add_argument("--top-k", type=int, default=5, metavar="K", help="default: 5")
+    fill.add_argument("--top-k", type=_count, default=5, metavar="K", help="default: 5")
     fill.add_argument("--format", choices=("table", "jsonl"), default="table", help="default: table")
 
     info = command("info", _info, "What a checkpoint is.")
@@ -113,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command("doctor", _doctor, "What this machine offers, and a self-check.")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -128,8 +137,8 @@ def _add_model(parser: argparse.ArgumentParser, help: str, required: bool = Fals
     _add_hub(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ..; default: CUDA if there is one")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by the device")
-    parser.add_argument("--max-seq-length", type=int, metavar="N", help="instead of the model's own")
-    parser.add_argument("--batch-tokens", type=int, default=16_384, metavar="N", help="in a batch; default: 16384")
+    parser.add_argument("--max-seq-length", type=_count, metavar="N", help="instead of the model's own")
+    parser.add_argument("--batch-tokens", type=_count, default=16_384, metavar="N", help="in a batch; default: 16384")
     parser.add_argument("--on-long", choices=("truncate", "error"), default="truncate", help="default: truncate")
 
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Packed copies of weights, by the weight itself: they go when it goes, and are made anew when it is written to.
+# Packed copies of weights, by the weight itself: they go when it goes, and are made anew when it is written to
+# (but not in place through `.data`, which torch hides).
 _packed: Any = WeakIdKeyDictionary()
 
 

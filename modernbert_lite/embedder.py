@@ -15,7 +15,7 @@ from .batch import PackedBatch
 from .config import CheckpointError
 from .model import ModernBert
 from .pipeline import Checkpoint, Pipeline, check_text, length
-from .pooling import quantize_embeddings
+from .pooling import PRECISIONS, quantize_embeddings
 from .st_config import Dense, Pooling, finish
 from .weights import BUNDLED
 
@@ -75,6 +75,8 @@ class Embedder(Pipeline):
         before normalising. precision, ranges: see `quantize_embeddings`. show_progress_bar: None shows one on a
         terminal. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode.
         """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
         single = isinstance(sentences, str)
         texts = [sentences] if isinstance(sentences, str) else sentences
         stream = self.stream(

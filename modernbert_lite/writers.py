@@ -27,29 +27,36 @@ class VectorWriter:
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
         self.path, self.format = path, format
-        self.rows, self.row_shape, self.dtype = 0, (0,), np.dtype(np.float32)
-        self._file: IO[bytes] = self._open()
+        self.rows, self._end = 0, 0 if format == "jsonl" else _NPY_HEADER_BYTES
+        self._row_shape, self._dtype = (0,), np.dtype(np.float32)
+        self._file = self._open()
+        if format != "jsonl":
+            self._write_all(b"\0" * _NPY_HEADER_BYTES)
 
     def _open(self) -> IO[bytes]:
+        # Unbuffered, so that what is counted as written is written, and a full disk is met where it can be handled.
         if self.path is not None:
             self.partial = self.path.with_name(self.path.name + ".partial")
-            file: IO[bytes] = self.partial.open("wb")
-        elif self.format == "jsonl":
+            return self.partial.open("wb", buffering=0)
+        if self.format == "jsonl":
             return sys.stdout.buffer
-        else:  # a header holds the number of rows, known at the end: a pipe can't be written to backwards
-            file = tempfile.TemporaryFile()  # noqa: SIM115  closed with the writer
-        if self.format != "jsonl":
-            file.write(b"\0" * _NPY_HEADER_BYTES)
-        return file
+        # A header holds the number of rows, known at the end: a pipe can't be written to backwards.
+        return tempfile.TemporaryFile(buffering=0)
 
     def write(self, records: Sequence[dict[str, Any]], vectors: np.ndarray) -> None:
         """records: what jsonl puts before each "embedding"; vectors (n, C)."""
         if self.format == "jsonl":
-            self._file.writelines(_json_line(r, v) for r, v in zip(records, vectors, strict=True))
+            data = b"".join(_json_line(r, v) for r, v in zip(records, vectors, strict=True))
         else:
-            self._file.write(np.ascontiguousarray(vectors).tobytes())
-        self.rows += len(vectors)
-        self.row_shape, self.dtype = vectors.shape[1:], vectors.dtype
+            data = np.ascontiguousarray(vectors).tobytes()
+        self._row_shape, self._dtype = vectors.shape[1:], vectors.dtype
+        self._write_all(data)
+        self.rows, self._end = self.rows + len(vectors), self._end + len(data)
+
+    def _write_all(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
 
     def __enter__(self) -> VectorWriter:
         return self
@@ -57,18 +64,29 @@ class VectorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.format != "jsonl":
-            self._file.seek(0)
-            self._file.write(self._npy_header())
-        self._file.flush()
-        if kind is None:
-            self._finish()
-        elif self.path is not None:
-            self._file.close()
-            if self.rows:
-                print(f"modernbert-lite: {self.rows} finished rows are in {self.partial}", file=sys.stderr)
-            else:
-                self.partial.unlink(missing_ok=True)
+        try:
+            if self._file is not sys.stdout.buffer:
+                self._file.truncate(self._end)  # no torn row
+                if self.format != "jsonl":
+                    self._file.seek(0)
+                    self._write_all(self._npy_header())
+            if kind is None:
+                self._finish()
+        except BaseException:
+            self._keep()
+            raise
+        if kind is not None:
+            self._keep()
+
+    def _keep(self) -> None:
+        """After a failure: says where the finished rows are."""
+        if self.path is None:
+            return
+        self._file.close()
+        if self.rows:
+            print(f"modernbert-lite: {self.rows} finished rows are in {self.partial}", file=sys.stderr)
+        else:
+            self.partial.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         if self.path is None:
@@ -78,18 +96,20 @@ class VectorWriter:
                     shutil.copyfileobj(self._zip(packed) if self.format == "npz" else self._file, sys.stdout.buffer)
             sys.stdout.buffer.flush()
             return
-        if self.format == "npz":
-            zipped = self.partial.with_name(self.partial.name + ".npz")
-            with zipped.open("wb") as file:
-                self._file.close()
-                self._file = self.partial.open("rb")
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self.format != "npz":
+            os.replace(self.partial, self.path)
+            return
+        zipped = self.partial.with_name(self.partial.name + ".npz")
+        try:
+            with self.partial.open("rb") as self._file, zipped.open("wb") as file:
                 self._zip(file)
-            self._file.close()
-            os.replace(zipped, self.partial)
-        else:
-            os.fsync(self._file.fileno())
-            self._file.close()
-        os.replace(self.partial, self.path)
+            os.replace(zipped, self.path)
+        except BaseException:
+            zipped.unlink(missing_ok=True)
+            raise
+        self.partial.unlink()
 
     def _zip(self, file: IO[bytes]) -> IO[bytes]:
         """The npy in self._file as "embeddings" of an npz, uncompressed (vectors don't compress)."""
@@ -103,8 +123,8 @@ class VectorWriter:
 
     def _npy_header(self) -> bytes:
         """Version 1.0 of the npy format, padded to a fixed size so that it can be written last."""
-        shape = (self.rows, *self.row_shape)
-        text = f"{{'descr': {self.dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}"
+        shape = (self.rows, *self._row_shape)
+        text = f"{{'descr': {self._dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}"
         size = _NPY_HEADER_BYTES - 10
         return b"\x93NUMPY\x01\x00" + size.to_bytes(2, "little") + text.ljust(size - 1).encode() + b"\n"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 # Before anything imports triton, torch or huggingface_hub: kernels run in Triton's interpreter, nothing is downloaded.
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -77,7 +77,12 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
     """
 
     def make(
-        architecture: str = "ModernBertModel", *, attn: str = "sdpa", name: str = "checkpoint", seed: int = 0, **config: Any
+        architecture: str = "ModernBertModel",
+        *,
+        attn: str = "sdpa",
+        name: str = "checkpoint",
+        seed: int = 0,
+        **config: Any,
     ) -> tuple[Path, Any]:
         import torch
         import transformers

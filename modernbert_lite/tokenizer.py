@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.normalizers import Lowercase, Sequence
 
-from .config import MAX_TOKENIZER_JSON_BYTES, CheckpointError, read_json
+from .config import MAX_TOKENIZER_JSON_BYTES, CheckpointError, read_json, shown
 
 Text = str | tuple[str, str]
 
@@ -31,7 +31,10 @@ class Tokenizer:
             raise CheckpointError(f"no tokenizer.json in {folder}; save it with transformers' fast tokenizer")
         beside = folder / "tokenizer_config.json"
         settings = read_json(beside, MAX_TOKENIZER_JSON_BYTES) if beside.is_file() else {}
-        self._keeps_beginning = settings.get("truncation_side") != "left"
+        side = settings.get("truncation_side") or "right"
+        if side not in ("right", "left"):
+            raise CheckpointError(f"{beside}: truncation_side is {shown(side)}; it must be 'right' or 'left'")
+        self._keeps_beginning = side == "right"
         with _no_panic(f"{path} can't be read"):
             self._rust = RustTokenizer.from_file(str(path))
             if lower_case:  # by the normalizer, not on the text: special tokens spelled out in it stay what they are

@@ -542,12 +542,12 @@ def test_a_panic_while_decoding_is_an_ordinary_error(tmp_path):
         Tokenizer(tmp_path, 16).decode(0)
 
 
-def test_errors_at_the_first_text_are_checkpoint_errors(tmp_path):
+def test_a_tokenizer_that_knows_no_letter_is_refused(tmp_path):
     model = {"type": "WordPiece", "vocab": {}, "unk_token": "[UNK]"}
     model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
     write(tmp_path / "tokenizer.json", tokenizer_with(model=model))
-    with pytest.raises(CheckpointError, match="can't be tokenized"):
-        Tokenizer(tmp_path, 16).encode(["a"])
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json can't be read.*UNK"):
+        Tokenizer(tmp_path, 16)
 
 
 @pytest.mark.parametrize("side", ["up", 5, ["left"]])

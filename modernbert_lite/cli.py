@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from . import __version__
+from .config import OptionError
 
 
 class UsageError(Exception):
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except UsageError as error:
+    except (UsageError, OptionError) as error:
         return _fail(args, str(error), 2)
     except MemoryError:
         return _fail(args, "out of memory; a smaller --batch-tokens needs less", 1)
@@ -47,8 +48,18 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(args: argparse.Namespace, message: str, status: int) -> int:
     if args.debug:
         traceback.print_exc()
-    print("modernbert-lite: " + " ".join(message.split()), file=sys.stderr)
+    print("modernbert-lite: " + _plain(" ".join(message.split())), file=sys.stderr)
     return status
+
+
+def _plain(text: str) -> str:
+    """Without what a terminal would take for a command."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _json(value: object, **options: Any) -> str:
+    """JSON that is valid in whatever encoding standard output has."""
+    return json.dumps(value, ensure_ascii=(sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"), **options)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -168,21 +179,17 @@ def _read(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
             raise UsageError("no texts: give them as arguments, by --input FILE, or on standard input")
         return _records(sys.stdin.buffer, args, "standard input")
     path = Path(args.input)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise UsageError(f"--input {args.input}: there is no such file")
-    with path.open("rb") as file:
-        for _ in _records(file, args, args.input):
+    if path.is_file():  # a pipe can be read only once
+        for _ in _file_records(path, args):
             pass
-    return _Records(path, args)
+    return _file_records(path, args)
 
 
-class _Records:
-    def __init__(self, path: Path, args: argparse.Namespace):
-        self.path, self.args = path, args
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        with self.path.open("rb") as file:
-            yield from _records(file, self.args, str(self.path))
+def _file_records(path: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        yield from _records(file, args, args.input)
 
 
 def _records(file: IO[bytes], args: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
@@ -222,6 +229,8 @@ def _embed(args: argparse.Namespace) -> None:
         raise UsageError(f"{format} is binary: give --output, or send standard output to a file or a program")
     if args.output is not None and not args.output.absolute().parent.is_dir():
         raise UsageError(f"--output {args.output}: there is no such folder")
+    if args.output is not None and args.output.exists() and not args.output.is_file():
+        raise UsageError(f"--output {args.output}: it is no regular file; send standard output there instead")
     records = _read(args)
     from .embedder import Embedder
     from .pooling import quantize_embeddings
@@ -267,7 +276,7 @@ def _rerank(args: argparse.Namespace) -> None:
         results = reranker.rank(args.query, documents, top_k=args.top_k, return_documents=True)
     if args.format == "jsonl":
         for result in results:
-            print(json.dumps(result, ensure_ascii=False))
+            print(_json(result))
         return
     _table(
         ["rank", "score", "document", "text"],
@@ -282,7 +291,7 @@ def _fill_mask(args: argparse.Namespace) -> None:
     predictions = FillMask.from_pretrained(args.model, **_options(args)).predict(texts, top_k=args.top_k)
     if args.format == "jsonl":
         for text, masks in zip(texts, predictions, strict=True):
-            print(json.dumps({"text": text, "masks": masks}, ensure_ascii=False))
+            print(_json({"text": text, "masks": masks}))
         return
     _table(
         ["text", "mask", "token", "probability"],
@@ -300,7 +309,7 @@ def _info(args: argparse.Namespace) -> None:
 
     facts = describe(args.model or "tiny", revision=args.revision, local_files_only=args.local_files_only)
     if args.json:
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        print(_json(facts, indent=2))
     else:
         _table(["what", "value"], [[key, str(value)] for key, value in facts.items()])
 
@@ -318,6 +327,7 @@ def _one_line(text: str) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> None:
+    rows = [[_plain(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

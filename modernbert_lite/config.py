@@ -30,6 +30,10 @@ _LIMITS = {
 }
 
 
+class OptionError(ValueError):
+    """An option that this model or machine doesn't have: the shell calls it bad usage."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is missing something, is damaged, or asks for what this package can't do."""
 
@@ -55,7 +59,6 @@ class ModernBertConfig:
     vocab_size: int = 50368
     hidden_size: int = 768
     intermediate_size: int = 1152  # width of one half of the GLU: Wi has twice as many rows
-    num_hidden_layers: int = 22
     num_attention_heads: int = 12
     hidden_activation: str = "gelu"
     max_position_embeddings: int = 8192
@@ -75,6 +78,10 @@ class ModernBertConfig:
     pad_token_id: int | None = None
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     activation_fn: str | None = None  # the activation that a cross-encoder names for its scores
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layer_types)
 
     @property
     def head_dim(self) -> int:
@@ -109,7 +116,6 @@ class ModernBertConfig:
             vocab_size=get.whole("vocab_size", 50368),
             hidden_size=hidden,
             intermediate_size=get.whole("intermediate_size", 1152),
-            num_hidden_layers=layers,
             num_attention_heads=heads,
             hidden_activation=get.choice("hidden_activation", "gelu", ACTIVATIONS),
             max_position_embeddings=get.whole("max_position_embeddings", 8192),

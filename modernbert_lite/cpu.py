@@ -25,7 +25,8 @@ _packed: Any = WeakIdKeyDictionary()
 def onednn_is_faster() -> bool:
     """Whether to multiply fp32 matrices by oneDNN here: the operators are there and agree, and the CPU isn't Intel's.
 
-    torch's own fp32 product is MKL, which is written for Intel; on AMD, oneDNN measured 1.1x (Zen 4) to 2.3x (Zen 5).
+    torch's own fp32 product is MKL, which is written for Intel; on AMD (Zen 4) oneDNN measured 1.1x at (2048, 768) by
+    (2304, 768), and more for shorter batches: bench/LOG.md.
     """
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
@@ -41,13 +42,13 @@ def onednn_works() -> bool:
     product, bias = F.linear(x, weight, other[0]), other[0]
     try:
         packed = _pack(weight)
-        results = {
-            _multiply(x, packed, bias): product,
-            _multiply(x, packed, bias, "gelu"): F.gelu(product),
-            _multiply_and(x, other, packed, bias, "add"): product + 1,
-            _multiply_and(x, other * 2, packed, bias, "mul"): product * 2,
-        }
-        same = all(torch.allclose(got, expected, atol=1e-5) for got, expected in results.items())
+        results = [
+            (_multiply(x, packed, bias), product),
+            (_multiply(x, packed, bias, "gelu"), F.gelu(product)),
+            (_multiply_and(x, other, packed, bias, "add"), product + 1),
+            (_multiply_and(x, other * 2, packed, bias, "mul"), product * 2),
+        ]
+        same = all(torch.allclose(got, expected, atol=1e-5) for got, expected in results)
     except (AttributeError, RuntimeError, TypeError) as error:
         warnings.warn(f"this torch has no usable oneDNN linear ({error}); using F.linear", stacklevel=2)
         return False

@@ -27,7 +27,7 @@ _SELF_CHECK_TEXTS = ["A man is playing a guitar.", "Someone plays an instrument.
 def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
     """Facts of a checkpoint, from its configs and the headers of its safetensors: no weight is read."""
     checkpoint = Checkpoint.find(path_or_id, **hub)
-    config, sentence = checkpoint.config, checkpoint.sentence
+    root, config, sentence = checkpoint.root, checkpoint.config, checkpoint.sentence
     stored, parameters = Counter[str](), 0
     files = weight_files(checkpoint.folder)
     for path in files:
@@ -63,7 +63,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
         "prompts": dict(sentence.prompts or {}),
         "similarity": sentence.similarity_fn_name,
         "labels": list(config.labels) if "Classification" in config.architecture else [],
-        "files": {path.name: path.stat().st_size for path in files},
+        "files": {p.relative_to(root).as_posix(): p.stat().st_size for p in sorted(root.rglob("*")) if p.is_file()},
     }
 
 

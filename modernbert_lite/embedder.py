@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import pooling
 from .batch import PackedBatch
-from .config import CheckpointError
+from .config import CheckpointError, OptionError
 from .model import ModernBert
 from .pipeline import Checkpoint, Pipeline, check_text, length
 from .pooling import PRECISIONS, quantize_embeddings
@@ -111,6 +111,9 @@ class Embedder(Pipeline):
     ) -> Iterator[np.ndarray]:
         """As `encode`, but yields blocks of vectors (n, dimension), fp32, in order, as they are ready."""
         prompt = self._resolve_prompt(prompt_name, prompt)
+        if isinstance(sentences, (list, tuple)):  # a mistake is found before any work is done, not after
+            for i, text in enumerate(sentences):
+                check_text(text, i)
         skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
         unit = normalize_embeddings or self.normalizes
         dim = self._check_dim(truncate_dim) or self.truncate_dim
@@ -147,12 +150,12 @@ class Embedder(Pipeline):
             return check_text(prompt, 0)
         name = self.default_prompt_name if name is None else name
         if name is not None and name not in self.prompts:
-            raise ValueError(f"prompt_name is {name!r}; this model has {sorted(self.prompts) or 'no prompts'}")
+            raise OptionError(f"prompt_name is {name!r}; this model has {sorted(self.prompts) or 'no prompts'}")
         return "" if name is None else self.prompts[name]
 
     def _check_dim(self, dim: int | None) -> int | None:
         if dim is not None and not 0 < dim <= self.dimension:
-            raise ValueError(f"truncate_dim is {dim}; it must be from 1 to {self.dimension}")
+            raise OptionError(f"truncate_dim is {dim}; it must be from 1 to {self.dimension}")
         return dim
 
 

@@ -57,13 +57,20 @@ class FillMask(Pipeline):
                 results[owner].append(predictions)
             return results
 
-        checked = (check_text(text, i) for i, text in enumerate(items))
+        if isinstance(items, (list, tuple)):  # found before any work is done, not after
+            for i, text in enumerate(items):
+                self._check_mask(text, i)
+        checked = (self._check_mask(text, i) for i, text in enumerate(items))
         filled = [row for block in self.run(checked, forward, show_progress_bar, length(items)) for row in block]
         if [] in filled:
             raise ValueError(
-                f"text {filled.index([])} has no {self.mask_token} in its first {self.max_seq_length} tokens; "
-                "put one where a token is missing"
+                f"the {self.mask_token} of text {filled.index([])} lies beyond its first {self.max_seq_length} tokens"
             )
         return filled[0] if single else filled
 
     __call__ = predict
+
+    def _check_mask(self, text: object, i: int) -> str:
+        if self.mask_token not in check_text(text, i):
+            raise ValueError(f"text {i} has no {self.mask_token}; put one where a token is missing")
+        return str(text)

@@ -38,7 +38,9 @@ class MaskedLM(nn.Module):
         return self.decoder(self.head(x if positions is None else x[positions]))
 
 
-class SequenceClassifier(nn.Module):
+class Classifier(nn.Module):
+    """What the two classifiers share: their modules, which have the same names in a checkpoint."""
+
     def __init__(self, config: ModernBertConfig):
         super().__init__()
         self.config = config
@@ -46,6 +48,8 @@ class SequenceClassifier(nn.Module):
         self.head = PredictionHead(config)
         self.classifier = nn.Linear(config.hidden_size, len(config.labels))
 
+
+class SequenceClassifier(Classifier):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (B, labels): pooled first (by the config's `classifier_pooling`), then head and classifier."""
         x = self.model(batch)  # (T, C)
@@ -53,14 +57,7 @@ class SequenceClassifier(nn.Module):
         return self.classifier(self.head(pooled))
 
 
-class TokenClassifier(nn.Module):
-    def __init__(self, config: ModernBertConfig):
-        super().__init__()
-        self.config = config
-        self.model = ModernBert(config)
-        self.head = PredictionHead(config)
-        self.classifier = nn.Linear(config.hidden_size, len(config.labels))
-
+class TokenClassifier(Classifier):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (T, labels)."""
         return self.classifier(self.head(self.model(batch)))

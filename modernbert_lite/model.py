@@ -65,12 +65,13 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, batch: PackedBatch, rope: RopeTable) -> Tensor:
+        # The residual is added inside Wo, because fast backends fuse it: x + attn(..), x + mlp(..).
         x = self.attn(self.attn_norm(x), batch, rope, residual=x)
         return self.mlp(self.mlp_norm(x), residual=x)
 
 
 class Attention(nn.Module):
-    """Global in every third layer, else a window of `local_attention // 2` tokens on each side."""
+    """Over the whole sequence, or a window of `local_attention // 2` tokens on each side, as `layer_types` says."""
 
     def __init__(self, config: ModernBertConfig, index: int):
         super().__init__()

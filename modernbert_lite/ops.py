@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
@@ -44,11 +45,25 @@ def backend(op: str, x: Tensor) -> str:
     if "onednn" in fast and wanted in ("auto", "onednn") and x.device.type == "cpu" and x.dtype == torch.float32:
         from . import cpu
 
-        if wanted == "onednn" or op != "linear" or cpu.onednn_is_faster():
+        if op != "linear" or (cpu.onednn_works() if wanted == "onednn" else cpu.onednn_is_faster()):
             return "onednn"
-    if "triton" in fast and wanted == "triton" and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if "triton" in fast and wanted == "triton" and (x.is_cuda or interpreted) and _triton_works(x.device):
         return "triton"
     return "torch"
+
+
+@functools.cache
+def _triton_works(device: torch.device) -> bool:
+    """Runs a kernel once: triton may be missing, or the C compiler that it needs."""
+    try:
+        from .kernels import geglu as kernel
+
+        one = torch.ones(1, 1, device=device)
+        return bool(torch.isfinite(kernel.geglu(one, one, "gelu")).all())
+    except Exception as error:  # noqa: BLE001  triton raises errors of many kinds; none of them need stop the work
+        warnings.warn(f"triton can't be used here ({error}); using torch", stacklevel=2)
+        return False
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -85,7 +100,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 def geglu(activated: Tensor, gate: Tensor, act: str) -> Tensor:
     """act(activated) * gate, both (T, N), usually the two halves of one (T, 2N): ModernBERT activates the first."""
-    if backend("geglu", activated) == "triton" and act in ("gelu", "silu"):
+    tracked = torch.is_grad_enabled() and (activated.requires_grad or gate.requires_grad)  # the kernel has no backward
+    if backend("geglu", activated) == "triton" and act in ("gelu", "silu") and not tracked:
         from .kernels import geglu as kernel
 
         return kernel.geglu(activated, gate, act)

@@ -111,7 +111,7 @@ def quantize_embeddings(embeddings: np.ndarray, precision: str, ranges: np.ndarr
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     if precision in ("float32", "float16"):
-        return embeddings.astype(precision)
+        return embeddings.astype(precision, copy=False)
     if precision.endswith("binary"):
         bits = np.packbits(embeddings > 0, axis=-1)
         return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
@@ -123,5 +123,9 @@ def quantize_embeddings(embeddings: np.ndarray, precision: str, ranges: np.ndarr
     if ranges.shape != (2, embeddings.shape[1]):
         raise ValueError(f"ranges has shape {ranges.shape}; it must be (2, {embeddings.shape[1]}): minima and maxima")
     steps = (ranges[1] - ranges[0]) / 255
-    levels = np.clip(np.floor((embeddings - ranges[0]) / np.where(steps == 0, 1, steps)), 0, 255)
-    return (levels - (128 if precision == "int8" else 0)).astype(precision)
+    steps[steps == 0] = 1
+    out = np.empty(embeddings.shape, precision)
+    for i in range(0, len(out), 4096):  # in blocks: the arithmetic is in floats, four times as large as its result
+        levels = np.clip(np.floor((embeddings[i : i + 4096] - ranges[0]) / steps), 0, 255)
+        out[i : i + 4096] = levels - (128 if precision == "int8" else 0)
+    return out

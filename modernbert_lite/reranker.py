@@ -76,6 +76,8 @@ class Reranker(Pipeline):
         """
         if len(self.labels) != 1:
             raise ValueError(f"this model has {len(self.labels)} labels; rank needs one of a single label. Use predict")
+        if isinstance(documents, str):
+            raise TypeError("documents is a str; it must be a list or another iterable of them")
         documents = list(documents)
         scores = self.predict([(query, document) for document in documents], show_progress_bar=show_progress_bar)
         return ranked(scores, documents, top_k, return_documents)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .config import CheckpointError, ModernBertConfig, inside, read_config, read_json
+from .config import CheckpointError, ModernBertConfig, OptionError, inside, read_config, read_json
 from .heads import MaskedLM, network_class
 from .model import ModernBert
 
@@ -69,7 +69,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         picked = torch.device(device)
         torch.zeros(1, device=picked).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from None
+        raise OptionError(f"device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from None
     return picked
 
 
@@ -81,7 +81,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     picked = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if picked is None or picked not in _DTYPES.values():
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+        raise OptionError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
     return picked
 
 
@@ -125,7 +125,7 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
         raise CheckpointError(f"{repo} is not in the hub cache, and the network is not allowed (offline mode)")
     try:
         # Fails at once where the hub can't be reached; snapshot_download alone would quietly settle for the cache.
-        hub.HfApi(token=token).model_info(repo, revision=revision)
+        hub.HfApi(token=token).model_info(repo, revision=revision, timeout=10)
         folder = Path(hub.snapshot_download(**wanted, token=token))
         for name in _names(folder):  # leaves a note in the cache of each file that the repository doesn't have
             if not (folder / name).is_file():
@@ -157,7 +157,7 @@ def _is_complete(folder: Path, repo: str) -> bool:
     ):
         return False
     parts = [m.get("path") for m in read_modules(folder) if str(m.get("type")).endswith((".Pooling", ".Dense"))]
-    return all((folder / str(path) / "config.json").is_file() for path in parts)
+    return all((inside(folder, path, "modules.json") / "config.json").is_file() for path in parts)
 
 
 def _names(folder: Path) -> list[str]:

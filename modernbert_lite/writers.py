@@ -21,12 +21,12 @@ _NPY_HEADER_BYTES = 128
 
 class VectorWriter:
     """Writes blocks of rows; `path` None is stdout. A file appears under its name only when it is whole: until then,
-    and after a failure, what is finished lies in NAME.partial, which is valid in its format."""
+    and after a failure, what is finished lies in NAME.partial, as valid jsonl or npy (for npz, too)."""
 
     def __init__(self, path: Path | None, format: str):
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
-        self.path, self.format = path, format
+        self.path, self.format = None if path is None else path.resolve(), format
         self.rows, self._end = 0, 0 if format == "jsonl" else _NPY_HEADER_BYTES
         self._row_shape, self._dtype = (0,), np.dtype(np.float32)
         self._file = self._open()
@@ -37,6 +37,8 @@ class VectorWriter:
         # Unbuffered, so that what is counted as written is written, and a full disk is met where it can be handled.
         if self.path is not None:
             self.partial = self.path.with_name(self.path.name + ".partial")
+            if self.partial.exists():
+                raise ValueError(f"{self.partial} holds what an earlier run finished; move it away or delete it first")
             return self.partial.open("wb", buffering=0)
         if self.format == "jsonl":
             return sys.stdout.buffer
@@ -130,7 +132,13 @@ class VectorWriter:
 
 
 def _json_line(record: dict[str, Any], vector: np.ndarray) -> bytes:
+    record = {key: value for key, value in record.items() if key != "embedding"}
     start = json.dumps(record, ensure_ascii=False)
+    if not start.isascii():
+        try:
+            start.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair in another field
+            start = json.dumps(record)
     digits = "%d" if vector.dtype.kind in "iu" else "%.9g"  # nine digits give a float32 back exactly
     values = ", ".join(map(digits.__mod__, vector.tolist()))
     comma = ", " if record else ""

@@ -485,10 +485,43 @@ def test_a_failure_in_the_middle_keeps_what_is_finished(run, tmp_path, small_win
     assert len(readable_rows(tmp_path / f"v.{format}.partial", format)) == 8
 
 
-def test_a_finished_run_takes_the_place_of_an_older_partial(run, tmp_path):
+def test_what_an_earlier_run_finished_is_not_written_over(run, tmp_path):
     (tmp_path / "v.npy.partial").write_bytes(b"of an earlier run")
-    assert run("embed", "one", "--model", "tiny", "-o", tmp_path / "v.npy").status == 0
-    assert os.listdir(tmp_path) == ["v.npy"]
+    result = run("embed", "one", "--model", "tiny", "-o", tmp_path / "v.npy")
+    assert result.status == 1
+    assert "v.npy.partial holds what an earlier run finished" in result.err
+    assert (tmp_path / "v.npy.partial").read_bytes() == b"of an earlier run"
+
+
+@POSIX
+def test_output_follows_a_link_and_spares_what_is_no_file(run, tmp_path):
+    (tmp_path / "real.npy").write_bytes(b"old")
+    (tmp_path / "link.npy").symlink_to("real.npy")
+    assert run("embed", "one", "--model", "tiny", "-o", tmp_path / "link.npy").status == 0
+    assert (tmp_path / "link.npy").is_symlink()
+    assert np.load(tmp_path / "real.npy").shape == (1, 384)
+    os.mkfifo(tmp_path / "pipe.npy")
+    assert run("embed", "one", "--model", "tiny", "-o", tmp_path / "pipe.npy").status == 2
+    assert (tmp_path / "pipe.npy").is_fifo()
+
+
+def test_records_keep_their_other_fields_whatever_they_hold(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "ok", "note": "\\ud800", "embedding": [1]}\n')
+    assert run("embed", "--model", "tiny", "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl").status == 0
+    line = (tmp_path / "out.jsonl").read_text()
+    assert line.count('"embedding"') == 1
+    assert json.loads(line)["note"] == "\ud800"
+
+
+def test_options_that_the_model_does_not_have_are_bad_usage(run):
+    for option in (["--truncate-dim", "5000"], ["--prompt-name", "nope"], ["--device", "banana"]):
+        assert run("embed", "one", "--model", "tiny", *option).status == 2
+
+
+def test_a_terminal_s_commands_are_shown_not_obeyed(run):
+    result = run("rerank", "q", "evil \x1b]0;title\x07 text")
+    assert b"\x1b" not in result.out
+    assert b"\\x1b]0;title\\x07" in result.out
 
 
 # ---- Ctrl-C and pipes ----------------------------------------------------------------------------------------------
@@ -656,7 +689,8 @@ def test_info(run):
     assert facts["max length"] == 512
     assert facts["prompts"] == {"query": "", "document": ""}
     size = (Path(modernbert_lite.__file__).parent / "tiny" / "model.safetensors").stat().st_size
-    assert facts["files"] == {"model.safetensors": size}
+    assert facts["files"]["model.safetensors"] == size
+    assert "1_Pooling/config.json" in facts["files"]
     bits = {"F32": 4, "F16": 2, "BF16": 2}[facts["stored as"]]
     assert 0 < size - bits * facts["parameters"] < 20_000
     table = run("info", "tiny").text

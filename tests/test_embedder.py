@@ -470,3 +470,20 @@ def test_no_warning_comes_from_ordinary_use(tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny.encode(["one", "two words", ""], precision="int8")
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_vectors_are_held_once(precision, monkeypatch):
+    """Beside the float vectors there is only what is asked for, and blocks."""
+    import tracemalloc
+
+    model = ml.Embedder.from_pretrained("tiny")
+    block = np.random.default_rng(0).standard_normal((4096, 384), dtype=np.float32)
+    monkeypatch.setattr(model, "stream", lambda *_, **__: (block for _ in range(16)))
+    tracemalloc.start()
+    vectors = model.encode((t for t in ()), precision=precision)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert vectors.shape == (16 * 4096, 384)
+    floats = 16 * block.nbytes
+    assert peak <= 1.1 * (floats + (vectors.nbytes if precision == "int8" else 0)) + 8 * block.nbytes

@@ -37,9 +37,16 @@ def thetas(full, sliding):
     }
 
 
+NARROW = {"initializer_range": 0.02, "initializer_cutoff_factor": 2.0}
 VARIATIONS = {
     "heads of 64": {"hidden_size": 192, "num_attention_heads": 3},
     "heads of 128": {"hidden_size": 256, "num_attention_heads": 2},
+    "28 heads of 64": {
+        "hidden_size": 1792,
+        "num_attention_heads": 28,
+        "intermediate_size": 64,
+        "initializer_range": 0.02,
+    },
     "heads of 26": {"hidden_size": 78, "num_attention_heads": 3},
     "one layer": {"num_hidden_layers": 1},
     "silu": {"hidden_activation": "silu"},
@@ -170,7 +177,7 @@ def test_every_config_variation_equals_transformers(make, variation):
 
 
 # Sizes can't be ignored, and an epsilon of 1e-12 for 1e-5 is below rounding.
-IGNORABLE = [name for name in VARIATIONS if not name.startswith(("heads", "one layer", "tiny norm eps"))]
+IGNORABLE = [name for name in VARIATIONS if not name.startswith(("heads", "28 heads", "one layer", "tiny norm eps"))]
 
 
 @pytest.mark.parametrize("variation", IGNORABLE)

@@ -521,3 +521,28 @@ def test_gradients_flow_through_a_whole_network(make_checkpoint, monkeypatch):
         assert parameter.grad is not None, name
         scale = expected[name].grad.abs().max()
         assert (parameter.grad - expected[name].grad).abs().max() <= 1e-4 * scale + 1e-7, name
+
+
+def test_triton_asked_for_keeps_gradients(monkeypatch):
+    """Its kernel has no backward: where gradients are wanted, torch computes."""
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
+    x, weight = randn(5, 16), randn(12, 16, seed=1).requires_grad_()
+    ops.gated_linear(x, weight, None, "gelu").sum().backward()
+    assert weight.grad is not None
+
+
+def test_triton_that_can_not_run_is_one_warning(monkeypatch):
+    import modernbert_lite.kernels.geglu as kernel
+
+    def missing(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
+    monkeypatch.setattr(kernel, "geglu", missing)
+    ops._triton_works.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Failed to find C compiler") as warned:
+            assert {ops.backend("geglu", randn(2, 3)) for _ in range(3)} == {"torch"}
+        assert len(warned) == 1
+    finally:
+        ops._triton_works.cache_clear()

@@ -74,7 +74,10 @@ def unpack(tensor: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
 
 
 def from_padded(input_ids: Tensor, attention_mask: Tensor | None = None) -> PackedBatch:
-    """(B, S) ids and a (B, S) mask of 0 and 1 (None: all ones), padded on either side -> PackedBatch."""
+    """(B, S) ids and a (B, S) mask of 0 and 1 (None: all ones), padded on either side -> PackedBatch.
+
+    The first token of a row is its first real one, also where the padding is on the left.
+    """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if input_ids.dim() != 2 or mask.shape != input_ids.shape:
         raise ValueError(

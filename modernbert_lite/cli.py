@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     embed = command("embed", _embed, "Texts to vectors.")
     embed.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, --input or standard input")
     _add_input(embed)
-    embed.add_argument("--output", "-o", type=Path, metavar="FILE", help="default: standard output")
+    embed.add_argument("--output", "-o", type=Path, metavar="FILE", help="'-', the default, is standard output")
     embed.add_argument(
         "--format",
         choices=("jsonl", "npy", "npz"),
@@ -180,7 +180,7 @@ def _read(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
         return _records(sys.stdin.buffer, args, "standard input")
     path = Path(args.input)
     if not path.exists() or path.is_dir():
-        raise UsageError(f"--input {args.input}: there is no such file")
+        raise UsageError(f"--input {args.input}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
     if path.is_file():  # a pipe can be read only once
         for _ in _file_records(path, args):
             pass
@@ -213,7 +213,8 @@ def _json_record(line: str, field: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        got = f"its {field!r} is {type(record.get(field)).__name__}" if isinstance(record, dict) else "it is no object"
+        kind = type(record.get(field)).__name__ if isinstance(record, dict) and field in record else "missing"
+        got = f"its {field!r} is {kind}" if isinstance(record, dict) else "it is no object"
         raise ValueError(f"{where}: {got}; an object with a string in {field!r} is needed (see --field)")
     return record
 
@@ -222,6 +223,7 @@ def _json_record(line: str, field: str, where: str) -> dict[str, Any]:
 
 
 def _embed(args: argparse.Namespace) -> None:
+    args.output = None if args.output == Path("-") else args.output
     format = args.format or (args.output.suffix[1:].lower() if args.output else "jsonl")
     if format not in ("jsonl", "npy", "npz"):
         raise UsageError(f"--output {args.output}: its ending names no format; add --format jsonl, npy or npz")
@@ -236,8 +238,8 @@ def _embed(args: argparse.Namespace) -> None:
     from .pooling import quantize_embeddings
     from .writers import VectorWriter
 
-    model = Embedder.from_pretrained(args.model, truncate_dim=args.truncate_dim, **_options(args))
     with VectorWriter(args.output, format) as writer:
+        model = Embedder.from_pretrained(args.model, truncate_dim=args.truncate_dim, **_options(args))
         waiting: list[dict[str, Any]] = []
 
         def texts() -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from . import pooling
 from .batch import PackedBatch
 from .config import CheckpointError, OptionError
 from .model import ModernBert
-from .pipeline import Checkpoint, Pipeline, check_text, length
+from .pipeline import Checkpoint, Pipeline, check_text, length, warn
 from .pooling import PRECISIONS, quantize_embeddings
 from .st_config import Dense, Pooling, finish
 from .weights import BUNDLED
@@ -28,6 +27,7 @@ class Embedder(Pipeline):
     default_model = BUNDLED
 
     def __init__(self, checkpoint: Checkpoint, *, truncate_dim: int | None = None, **options: Any):
+        self.check(checkpoint)
         sentence = checkpoint.sentence
         architecture = checkpoint.config.architecture
         if sentence.pooling is None and "ForMaskedLM" not in architecture and architecture != "ModernBertModel":
@@ -36,10 +36,9 @@ class Embedder(Pipeline):
                 f"{checkpoint.root} holds a {architecture}, a classifier and no embedding model: use {right} for it"
             )
         if sentence.pooling is None:
-            warnings.warn(
+            warn(
                 f"{checkpoint.root} has no pooling files: it is not an embedding model. Its tokens are averaged, and "
-                "unrelated texts will look alike",
-                stacklevel=4,
+                "unrelated texts will look alike"
             )
         super().__init__(checkpoint, ModernBert, **options)
         self.prompts = dict(sentence.prompts or {})
@@ -77,6 +76,9 @@ class Embedder(Pipeline):
         """
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        given: object = sentences
+        if isinstance(given, bytes) or not isinstance(given, Iterable):
+            raise TypeError(f"sentences is {type(given).__name__}; it must be a str or an iterable of str")
         single = isinstance(sentences, str)
         texts = [sentences] if isinstance(sentences, str) else sentences
         stream = self.stream(
@@ -154,7 +156,7 @@ class Embedder(Pipeline):
         return "" if name is None else self.prompts[name]
 
     def _check_dim(self, dim: int | None) -> int | None:
-        if dim is not None and not 0 < dim <= self.dimension:
+        if dim is not None and (type(dim) is not int or not 0 < dim <= self.dimension):
             raise OptionError(f"truncate_dim is {dim}; it must be from 1 to {self.dimension}")
         return dim
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .batch import PackedBatch
-from .config import CheckpointError
+from .config import CheckpointError, OptionError
 from .heads import MaskedLM
 from .pipeline import Checkpoint, Pipeline, check_text, length
 
@@ -20,6 +20,7 @@ class FillMask(Pipeline):
     """A masked language model. `mask_token` is what stands for the missing token in a text."""
 
     def __init__(self, checkpoint: Checkpoint, **options: Any):
+        self.check(checkpoint)
         architecture = checkpoint.config.architecture
         if "ForMaskedLM" not in architecture:
             raise CheckpointError(f"{checkpoint.root} holds a {architecture}; FillMask needs a ...ForMaskedLM")
@@ -37,7 +38,7 @@ class FillMask(Pipeline):
         Raises ValueError for a text without [MASK] (or whose [MASK] was cut off), naming it.
         """
         if not 0 < top_k <= self.config.vocab_size:
-            raise ValueError(f"top_k is {top_k}; it must be from 1 to {self.config.vocab_size}")
+            raise OptionError(f"top_k is {top_k}; it must be from 1 to {self.config.vocab_size}")
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else texts
 

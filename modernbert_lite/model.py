@@ -28,6 +28,8 @@ class ModernBert(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """(T, C), in the weights' dtype. Raises ValueError for ids outside the vocabulary."""
+        if not isinstance(batch, PackedBatch):
+            raise TypeError(f"the network takes a PackedBatch, not {type(batch).__name__}: see pack and from_padded")
         if batch.max_id >= self.config.vocab_size:
             raise ValueError(
                 f"token id {batch.max_id} is outside the vocabulary (ids 0 to {self.config.vocab_size - 1}); "
@@ -46,7 +48,9 @@ class ModernBert(nn.Module):
 class Embeddings(nn.Module):
     def __init__(self, config: ModernBertConfig):
         super().__init__()
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Zeros, to be loaded over: drawing random numbers on the meta device imports torch's compiler, 1.4 s.
+        V, C = config.vocab_size, config.hidden_size
+        self.tok_embeddings = nn.Embedding(V, C, _weight=torch.zeros(V, C))
         self.norm = LayerNorm(config)
 
     def forward(self, input_ids: Tensor) -> Tensor:

@@ -115,6 +115,15 @@ class Pipeline:
         self.tokenizer = Tokenizer(checkpoint.folder, self.max_seq_length, checkpoint.sentence.lower_case)
         self.model = load_weights(network, config, checkpoint.folder, device=device, dtype=dtype)
 
+    @classmethod
+    def check(cls, checkpoint: object) -> None:
+        """Raises TypeError for a model's name in the constructor's place."""
+        if not isinstance(checkpoint, Checkpoint):
+            raise TypeError(f"to open a model use {cls.__name__}.from_pretrained({checkpoint!r:.60})")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config.architecture}, {self.max_seq_length} tokens, {self.device})"
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
@@ -152,9 +161,15 @@ class Pipeline:
                 seen, truncated = seen + len(window), truncated + cut
                 yield results
         if truncated:
-            warnings.warn(
-                f"{truncated} of {seen} texts were longer than {self.max_seq_length} tokens and were cut", stacklevel=4
-            )
+            warn(f"{truncated} of {seen} texts were longer than {self.max_seq_length} tokens and were cut")
+
+
+def warn(message: str) -> None:
+    """A UserWarning that points at the first caller outside this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def check_text(text: object, i: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .batch import PackedBatch
-from .config import CheckpointError
+from .config import CheckpointError, OptionError
 from .heads import SequenceClassifier
 from .pipeline import Checkpoint, Pipeline, check_text, length
 from .st_config import score_activation
@@ -22,6 +22,7 @@ class Reranker(Pipeline):
     """A sequence classifier that reads two texts at once. `labels` are the names of its outputs, mostly one."""
 
     def __init__(self, checkpoint: Checkpoint, **options: Any):
+        self.check(checkpoint)
         architecture = checkpoint.config.architecture
         if "ForSequenceClassification" not in architecture:
             right = {"ModernBertModel": "Embedder", "ModernBertForMaskedLM": "FillMask"}.get(architecture, "load_model")
@@ -75,7 +76,9 @@ class Reranker(Pipeline):
         Raises ValueError for a model of several labels, which has no one score to rank by.
         """
         if len(self.labels) != 1:
-            raise ValueError(f"this model has {len(self.labels)} labels; rank needs one of a single label. Use predict")
+            raise OptionError(
+                f"this model has {len(self.labels)} labels; rank needs one of a single label. Use predict"
+            )
         if isinstance(documents, str):
             raise TypeError("documents is a str; it must be a list or another iterable of them")
         documents = list(documents)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.normalizers import Lowercase, Sequence
 
-from .config import MAX_TOKENIZER_JSON_BYTES, CheckpointError, read_json, shown
+from .config import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown
 
 Text = str | tuple[str, str]
 
@@ -47,7 +47,9 @@ class Tokenizer:
             self._single, self._pair = self._template(is_pair=False), self._template(is_pair=True)
         special = len(self._pair) - 2
         if max_length <= special:
-            raise ValueError(f"max_seq_length is {max_length}; the template alone takes {special} tokens")
+            raise OptionError(
+                f"max_seq_length is {max_length}; it must be over {special}, the special tokens of a pair"
+            )
         self.max_length = max_length
         self.mask_token, self.mask_token_id = self._find_mask(folder, settings)
 

@@ -94,12 +94,14 @@ def find_checkpoint(
 ) -> Path:
     """The folder of a checkpoint: itself, the bundled one, or a snapshot in the hub's cache, downloaded if need be."""
     name = os.fspath(path_or_id)
+    if not name:
+        raise CheckpointError(f"the model's name is empty; give a checkpoint's folder, a hub id, or {BUNDLED!r}")
     if name == BUNDLED:
         return Path(__file__).parent / BUNDLED
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if not name or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise CheckpointError(f"{name!r} is not a folder; give a checkpoint's folder, a hub id, or {BUNDLED!r}")
     return _from_hub(name, revision, token, local_files_only)
 
@@ -141,7 +143,10 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
             warnings.warn(f"the hub could not be reached; using what the cache has of {repo}", stacklevel=5)
             return cached
         why = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{repo} could not be downloaded: {why}") from None
+        raise CheckpointError(
+            f"{repo} could not be downloaded, and is no folder here: {why}. A model can be fetched elsewhere, and its "
+            "folder given instead"
+        ) from None
 
 
 def _is_complete(folder: Path, repo: str) -> bool:

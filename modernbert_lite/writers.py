@@ -39,7 +39,10 @@ class VectorWriter:
             self.partial = self.path.with_name(self.path.name + ".partial")
             if self.partial.exists():
                 raise ValueError(f"{self.partial} holds what an earlier run finished; move it away or delete it first")
-            return self.partial.open("wb", buffering=0)
+            file = self.partial.open("wb", buffering=0)
+            if self.path.exists():  # a private file stays private
+                shutil.copymode(self.path, self.partial)
+            return file
         if self.format == "jsonl":
             return sys.stdout.buffer
         # A header holds the number of rows, known at the end: a pipe can't be written to backwards.

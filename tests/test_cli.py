@@ -335,7 +335,7 @@ def test_over_long_texts_may_be_an_error(run, tmp_path):
 BAD_LINES = {
     "no JSON": (b'{"text": "a"', "not valid JSON"),
     "no object": (b'["a"]', "it is no object"),
-    "no field": (b'{"body": "a"}', "its 'text' is NoneType"),
+    "no field": (b'{"body": "a"}', "its 'text' is missing"),
     "no string": (b'{"text": 7}', "its 'text' is int"),
     "no UTF-8": (b'{"text": "\xff"}', "not UTF-8"),
     "deep": (b"[" * 100_000, "JSON"),

@@ -354,7 +354,7 @@ def test_bad_options_are_refused():
         Embedder.from_pretrained("tiny", on_long="warn")
     with pytest.raises(ValueError, match="batch_tokens is 0; it must be at least 1"):
         Embedder.from_pretrained("tiny", batch_tokens=0)
-    with pytest.raises(ValueError, match="max_seq_length is 2; the template alone takes 3 tokens"):
+    with pytest.raises(ValueError, match="max_seq_length is 2; it must be over 3"):
         Embedder.from_pretrained("tiny", max_seq_length=2)
     with pytest.raises(ValueError, match="dtype is 'float8'; it must be one of float32, float16, bfloat16"):
         Embedder.from_pretrained("tiny", dtype="float8")
@@ -487,3 +487,31 @@ def test_vectors_are_held_once(precision, monkeypatch):
     assert vectors.shape == (16 * 4096, 384)
     floats = 16 * block.nbytes
     assert peak <= 1.1 * (floats + (vectors.nbytes if precision == "int8" else 0)) + 8 * block.nbytes
+
+
+def test_loading_and_encoding_leave_torch_s_compiler_alone():
+    """Importing it takes longer than everything else that a first embedding needs."""
+    program = (
+        "import sys, modernbert_lite as ml; ml.Embedder.from_pretrained('tiny').encode(['x']); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("sentences", [b"bytes", None, 5])
+def test_what_is_neither_a_text_nor_texts_is_refused(sentences):
+    with pytest.raises(TypeError, match=f"sentences is {type(sentences).__name__}"):
+        ml.Embedder.from_pretrained("tiny").encode(sentences)
+
+
+def test_a_name_in_the_constructor_s_place_is_told_where_to_go():
+    with pytest.raises(TypeError, match=r"Embedder\.from_pretrained\('tiny'\)"):
+        ml.Embedder("tiny")
+
+
+def test_a_warning_points_at_the_caller():
+    with pytest.warns(UserWarning, match="were cut") as warned:
+        ml.Embedder.from_pretrained("tiny", max_seq_length=8).encode(
+            ["a text of many more words than eight tokens hold"]
+        )
+    assert warned[0].filename == __file__

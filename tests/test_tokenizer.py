@@ -195,7 +195,7 @@ def test_the_mask_token_is_found(folder, mask):
 
 @pytest.mark.parametrize("max_length", [0, 1, 3, -4])
 def test_a_limit_without_room_for_text_is_refused(max_length):
-    with pytest.raises(ValueError, match=f"max_seq_length is {max_length}; the template alone takes 3 tokens"):
+    with pytest.raises(ValueError, match=f"max_seq_length is {max_length}; it must be over 3"):
         Tokenizer(REAL, max_length)
 
 

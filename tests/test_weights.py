@@ -549,7 +549,7 @@ def test_a_folder_may_be_a_string_a_path_or_relative(make_checkpoint, monkeypatc
 @pytest.mark.parametrize("name", ["./missing", "../missing", "~/missing-folder", "a/b/c", "/missing", "", "."])
 def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"not a folder|config\.json"):
+    with pytest.raises(CheckpointError, match=r"not a folder|config\.json|name is empty"):
         ml.load_model(name)
 
 

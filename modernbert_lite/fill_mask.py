@@ -43,14 +43,16 @@ class FillMask(Pipeline):
         items = [texts] if isinstance(texts, str) else texts
 
         def forward(batch: PackedBatch) -> list[list[list[Prediction]]]:
+            network: Any = self.model
             where = batch.input_ids.eq(self.tokenizer.mask_token_id or 0).nonzero().flatten()
+            hidden = network.model(batch)[where]  # the encoder once, the vocabulary's width in pieces
             masks = [
                 [
                     {"token": self.tokenizer.decode(i), "token_id": i, "score": p}
                     for p, i in zip(scores.tolist(), ids.tolist(), strict=True)
                 ]
-                for rows in where.split(_ROWS)
-                for scores, ids in zip(*self.model(batch, rows).float().softmax(-1).topk(top_k), strict=True)
+                for rows in hidden.split(_ROWS)
+                for scores, ids in zip(*network.logits(rows).float().softmax(-1).topk(top_k), strict=True)
             ]
             owners = torch.bucketize(where.int(), batch.cu_seqlens, right=True) - 1
             results: list[list[list[Prediction]]] = [[] for _ in batch.seqlens]

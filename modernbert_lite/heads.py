@@ -35,7 +35,11 @@ class MaskedLM(nn.Module):
     def forward(self, batch: PackedBatch, positions: Tensor | None = None) -> Tensor:
         """Logits (T, V); or only those of the tokens at `positions` (M,), (M, V): V is large, [MASK]s are few."""
         x = self.model(batch)
-        return self.decoder(self.head(x if positions is None else x[positions]))
+        return self.logits(x if positions is None else x[positions])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(M, C) of the encoder -> (M, V)."""
+        return self.decoder(self.head(x))
 
 
 class Classifier(nn.Module):

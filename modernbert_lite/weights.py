@@ -294,11 +294,11 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def load_dense(folder: Path, expected: dict[str, tuple[Any, ...]], device: torch.device) -> dict[str, Tensor]:
     """The tensors of a sentence-transformers Dense module, in fp32, if they have the shapes that its config gives."""
-    shapes = {key: (path, shape) for path in weight_files(folder) for key, shape in _shapes(path).items()}
-    if {key: shape for key, (_, shape) in shapes.items()} != expected:
-        found = {key: shape for key, (_, shape) in shapes.items()}
+    shapes = {path: _shapes(path) for path in weight_files(folder)}
+    found = {key: shape for keys in shapes.values() for key, shape in keys.items()}
+    if found != expected:
         raise CheckpointError(f"{folder}: its config.json asks for {expected}, the file has {found}")
-    return {key: _read(path, key, device, torch.float32) for key, (path, _) in shapes.items()}
+    return {key: _read(path, key, device, torch.float32) for path, keys in shapes.items() for key in keys}
 
 
 def _read(path: Path, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:

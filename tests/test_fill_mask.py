@@ -165,3 +165,15 @@ def test_a_tokenizer_without_a_mask_is_refused(folder, tmp_path):
     (copy / "tokenizer.json").write_text(stored, encoding="utf-8")
     with pytest.raises(CheckpointError, match="has no mask token"):
         FillMask.from_pretrained(copy)
+
+
+def test_the_encoder_runs_once_however_many_masks_there_are(make_checkpoint, monkeypatch):
+    model = ml.FillMask.from_pretrained(make_checkpoint("ModernBertForMaskedLM")[0])
+    text = " ".join(["a [MASK]"] * 7)
+    expected = model.predict(text, top_k=2)
+    runs = []
+    model.model.model.register_forward_hook(lambda *_: runs.append(1))
+    monkeypatch.setattr("modernbert_lite.fill_mask._ROWS", 2)
+    got = model.predict(text, top_k=2)
+    assert len(runs) == 1
+    assert [[p["token_id"] for p in mask] for mask in got] == [[p["token_id"] for p in mask] for mask in expected]

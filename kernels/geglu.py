@@ -3,11 +3,22 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-BLOCK = 1024
+ACTIVATIONS = ("gelu", "silu")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BLOCK_T, BLOCK_N = 16, 128  # 1152, 2304 and 3072 are multiples of 128, 2624 almost
 
 
 @triton.jit
+def _offsets(T, N, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    across = tl.cdiv(N, BLOCK_N)  # neighbouring programs take neighbouring columns of the same rows
+    row = tl.program_id(0) // across * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    return row.to(tl.int64)[:, None], column[None, :], (row < T)[:, None] & (column < N)[None, :]
+
+
+@triton.jit(do_not_specialize=["T"])
 def _geglu_kernel(
     activated,
     gate,
@@ -17,42 +28,160 @@ def _geglu_kernel(
     stride_activated,
     stride_gate,
     GELU: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # T * stride may pass 2^31
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < N
+    row, column, inside = _offsets(T, N, BLOCK_T, BLOCK_N)
     # fp32 from the load on: erf needs it, and the interpreter's own bf16 arithmetic is wrong.
-    x = tl.load(activated + row * stride_activated + column, mask=inside).to(tl.float32)
-    g = tl.load(gate + row * stride_gate + column, mask=inside).to(tl.float32)
-    if GELU:  # noqa: SIM108  compiled away
+    x = tl.load(activated + row * stride_activated + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * stride_gate + column, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
         y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
     else:
         y = x / (1.0 + tl.exp(-x))
     tl.store(out + row * N + column, (y * g).to(out.dtype.element_ty), mask=inside)
 
 
-def geglu(activated: torch.Tensor, gate: torch.Tensor, act: str = "gelu") -> torch.Tensor:
+@triton.jit(do_not_specialize=["T"])
+def _geglu_backward_kernel(
+    grad,
+    activated,
+    gate,
+    grad_activated,
+    grad_gate,
+    T,
+    N,
+    stride_grad,
+    stride_activated,
+    stride_gate,
+    stride_out,
+    GELU: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row, column, inside = _offsets(T, N, BLOCK_T, BLOCK_N)
+    d = tl.load(grad + row * stride_grad + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(activated + row * stride_activated + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * stride_gate + column, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        below = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))  # the normal distribution's cumulative function
+        y = x * below
+        slope = below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:
+        below = 1.0 / (1.0 + tl.exp(-x))
+        y = x * below
+        slope = below * (1.0 + x * (1.0 - below))
+    to = row * stride_out + column
+    tl.store(grad_activated + to, (d * g * slope).to(grad_activated.dtype.element_ty), mask=inside)
+    tl.store(grad_gate + to, (d * y).to(grad_gate.dtype.element_ty), mask=inside)
+
+
+def _check(act: str, **tensors: Tensor) -> None:
+    (first, like), *others = tensors.items()
+    for name, x in tensors.items():
+        if x.dim() != 2 or x.shape != like.shape or x.dtype != like.dtype:
+            raise ValueError(
+                f"{name} is {tuple(x.shape)} {x.dtype}, {first} {tuple(like.shape)} {like.dtype}; "
+                f"{', '.join(tensors)} must be (T, N) of one dtype"
+            )
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be float32, float16 or bfloat16")
+        if x.shape[1] > 1 and x.stride(1) != 1:
+            raise ValueError(f"the last dimension of {name} must be contiguous")
+        if len(x) * x.stride(0) >= 2**31:
+            raise ValueError(f"{name} spans {len(x)} rows of {x.stride(0)} elements, 2^31 or more; split the batch")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act is {act!r}; it must be 'gelu' or 'silu'")
+
+
+def geglu(activated: Tensor, gate: Tensor, act: str = "gelu") -> Tensor:
     """act(activated) * gate: two (T, N) views with contiguous rows, often halves of one (T, 2N), -> (T, N).
 
-    act: "gelu" (exact, by erf) or "silu". fp32 arithmetic, the inputs' dtype. Forward only. Raises ValueError for
-    other shapes, dtypes, strides or activations.
+    act: "gelu" (exact, by erf) or "silu". fp32 arithmetic, the inputs' dtype. Raises ValueError for other shapes,
+    dtypes, strides or activations, and for 2^31 elements or more.
     """
-    if activated.dim() != 2 or activated.shape != gate.shape or activated.dtype != gate.dtype:
-        raise ValueError(
-            f"activated is {tuple(activated.shape)} {activated.dtype}, gate {tuple(gate.shape)} {gate.dtype}; "
-            "both must be (T, N) of one dtype"
-        )
-    if activated.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype is {activated.dtype}; it must be float32, float16 or bfloat16")
-    if activated.stride(1) != 1 or gate.stride(1) != 1:
-        raise ValueError("the last dimension of activated and gate must be contiguous")
-    if act not in ("gelu", "silu"):
-        raise ValueError(f"act is {act!r}; it must be 'gelu' or 'silu'")
+    _check(act, activated=activated, gate=gate)
     T, N = activated.shape
     out = torch.empty((T, N), dtype=activated.dtype, device=activated.device)
     if out.numel():
-        _geglu_kernel[(T, triton.cdiv(N, BLOCK))](
-            activated, gate, out, T, N, activated.stride(0), gate.stride(0), GELU=act == "gelu", BLOCK=BLOCK
+        _geglu_kernel[(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N),)](
+            activated,
+            gate,
+            out,
+            T,
+            N,
+            activated.stride(0),
+            gate.stride(0),
+            GELU=act == "gelu",
+            BLOCK_T=BLOCK_T,
+            BLOCK_N=BLOCK_N,
         )
     return out
+
+
+def geglu_backward(grad: Tensor, activated: Tensor, gate: Tensor, act: str = "gelu", *, swapped: bool = False) -> Tensor:
+    """The gradients of the two halves for that of the product, all (T, N), -> (T, 2N): of `activated`, then of `gate`;
+    swapped: the other way round. Computes the activation anew; nothing that it reads is written. Raises ValueError as
+    `geglu` does."""
+    _check(act, grad=grad, activated=activated, gate=gate)
+    T, N = activated.shape
+    out = torch.empty((T, 2 * N), dtype=activated.dtype, device=activated.device)
+    if out.numel():
+        grad_activated, grad_gate = out.chunk(2, -1)[:: -1 if swapped else 1]
+        _geglu_backward_kernel[(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N),)](
+            grad,
+            activated,
+            gate,
+            grad_activated,
+            grad_gate,
+            T,
+            N,
+            grad.stride(0),
+            activated.stride(0),
+            gate.stride(0),
+            out.stride(0),
+            GELU=act == "gelu",
+            BLOCK_T=BLOCK_T,
+            BLOCK_N=BLOCK_N,
+        )
+    return out
+
+
+# The operators take the projection whole, so that its gradient comes back in one piece. swapped: the second half is
+# activated (GTE), not the first (ModernBERT).
+
+
+@torch.library.custom_op("modernbert_lite::geglu", mutates_args=())
+def geglu_op(x: Tensor, act: str, swapped: bool) -> Tensor:
+    """(T, 2N) -> (T, N): `geglu` for torch.compile, torch.export and autograd."""
+    activated, gate = x.chunk(2, -1)[:: -1 if swapped else 1]
+    return geglu(activated, gate, act)
+
+
+@torch.library.custom_op("modernbert_lite::geglu_backward", mutates_args=())
+def geglu_backward_op(grad: Tensor, x: Tensor, act: str, swapped: bool) -> Tensor:
+    """The gradient of x (T, 2N)."""
+    activated, gate = x.chunk(2, -1)[:: -1 if swapped else 1]
+    return geglu_backward(grad.contiguous(), activated, gate, act, swapped=swapped)
+
+
+@geglu_op.register_fake
+def _(x, act, swapped):
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
+
+
+@geglu_backward_op.register_fake
+def _(grad, x, act, swapped):
+    return x.new_empty(x.shape)
+
+
+def _save(ctx, inputs, output):
+    x, ctx.act, ctx.swapped = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx, grad):
+    return geglu_backward_op(grad, *ctx.saved_tensors, ctx.act, ctx.swapped), None, None
+
+
+geglu_op.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,400 @@
+"""Bidirectional attention inside packed sequences, with a window: flash attention (arXiv 2205.14135, 2307.08691).
+
+One program takes a tile (BLOCK_M neighbouring queries of one sequence) of one head, and meets only the key blocks that
+its queries can see. The list of tiles is made on the host, which knows the lengths anyway: no program is launched for
+nothing, and nothing waits for the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+HEAD_DIMS = (32, 64, 128)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _rotated(x, row, end, position, stride, cos, sin, P, HALF: tl.constexpr, FLOAT: tl.constexpr):
+    """The rows of x at `row`, turned by RoPE: their first and second halves, rounded as a rotation in memory would."""
+    inside = (row < end)[:, None]
+    column = tl.arange(0, HALF)
+    address = row.to(tl.int64)[:, None] * stride + column
+    x1 = tl.load(x + address, mask=inside, other=0.0)
+    x2 = tl.load(x + HALF + address, mask=inside, other=0.0)
+    angle = tl.minimum(position, P - 1)[:, None] * HALF + column
+    c = tl.load(cos + angle, mask=inside, other=0.0)
+    s = tl.load(sin + angle, mask=inside, other=0.0)
+    y1 = (x1.to(tl.float32) * c - x2.to(tl.float32) * s).to(x1.dtype)
+    y2 = (x2.to(tl.float32) * c + x1.to(tl.float32) * s).to(x1.dtype)
+    if FLOAT:
+        y1, y2 = y1.to(tl.float32), y2.to(tl.float32)
+    return y1, y2
+
+
+@triton.jit
+def _rows(x, row, end, stride, D: tl.constexpr, FLOAT: tl.constexpr, MASK: tl.constexpr):
+    address = row.to(tl.int64)[:, None] * stride + tl.arange(0, D)
+    if MASK:
+        y = tl.load(x + address, mask=(row < end)[:, None], other=0.0)
+    else:
+        y = tl.load(x + address)
+    if FLOAT:
+        y = y.to(tl.float32)
+    return y
+
+
+@triton.jit
+def _meet(
+    acc,
+    total,
+    top,  # the running maximum of the scores, times log2(e)
+    q1,
+    q2,
+    k,
+    v,
+    row,
+    key,  # the first key of the block
+    start,
+    end,
+    stride,
+    cos,
+    sin,
+    P,
+    scale,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROPE: tl.constexpr,
+    FLOAT: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """One step of the online softmax: the tile's queries meet a block of keys and values."""
+    key_row = key + tl.arange(0, BLOCK_N)
+    if ROPE:
+        k1, k2 = _rotated(k, key_row, end, key_row - start, stride, cos, sin, P, D // 2, FLOAT)
+        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
+    else:
+        score = tl.dot(q1, tl.trans(_rows(k, key_row, end, stride, D, FLOAT, MASK)), input_precision="ieee")
+    if MASK:
+        visible = (key_row < end)[None, :]
+        if LEFT >= 0:
+            visible = visible & (key_row[None, :] >= row[:, None] - LEFT)
+        if RIGHT >= 0:
+            visible = visible & (key_row[None, :] <= row[:, None] + RIGHT)
+        score = tl.where(visible, score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, 1) * scale)
+    if LEFT >= 0 or RIGHT >= 0:  # a query that has seen no key yet has no maximum, and -inf - -inf would be NaN
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    else:
+        shift = new_top
+    weight = tl.exp2(score * scale - shift[:, None])
+    shrink = tl.exp2(top - shift)
+    value = _rows(v, key_row, end, stride, D, FLOAT, MASK)
+    acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+    return acc, total * shrink + tl.sum(weight, 1), new_top
+
+
+@triton.jit(do_not_specialize=["P", "Q", "T"])
+def _attention_kernel(
+    q,
+    k,
+    v,
+    out,
+    tiles,  # (n, 4) int32: the first query's row, the end of the query rows, start and end of the keys' rows
+    cos,
+    sin,
+    P,
+    Q,
+    T,
+    scale,
+    stride_q,
+    stride_kv,
+    stride_out,
+    head_q,
+    head_kv,
+    head_out,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROPE: tl.constexpr,
+    FLOAT: tl.constexpr,  # bf16 in Triton's interpreter, whose own bf16 arithmetic is wrong
+    ONE_LOOP: tl.constexpr,  # without a second loop for the blocks that need no mask
+):
+    tile = tiles + 4 * tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    # Clamped, so that no list of tiles leads outside the tensors.
+    first = tl.maximum(tl.load(tile), 0)
+    last = tl.minimum(tl.load(tile + 1), Q)
+    start = tl.maximum(tl.load(tile + 2), 0)
+    end = tl.minimum(tl.load(tile + 3), T)
+    if first >= last:
+        return
+    q += head * head_q
+    k += head * head_kv
+    v += head * head_kv
+    row = first + tl.arange(0, BLOCK_M)
+    if ROPE:
+        q1, q2 = _rotated(q, row, last, row - start, stride_q, cos, sin, P, D // 2, FLOAT)
+    else:
+        q1 = _rows(q, row, last, stride_q, D, FLOAT, True)
+        q2 = q1
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+
+    if ONE_LOOP or LEFT >= 0 or RIGHT >= 0:  # where there is a window, queries' rows are keys' rows
+        low, high = start, end
+        if LEFT >= 0:
+            low = tl.maximum(start, first - LEFT)
+        if RIGHT >= 0:
+            high = tl.minimum(end, first + BLOCK_M + RIGHT)
+        for key in tl.range(low, high, BLOCK_N):
+            acc, total, top = _meet(
+                acc, total, top, q1, q2, k, v, row, key, start, high, stride_kv, cos, sin, P, scale,
+                LEFT, RIGHT, D, BLOCK_N, ROPE, FLOAT, True,
+            )  # fmt: skip
+    else:
+        whole = start + (end - start) // BLOCK_N * BLOCK_N
+        for key in tl.range(start, whole, BLOCK_N):
+            acc, total, top = _meet(
+                acc, total, top, q1, q2, k, v, row, key, start, end, stride_kv, cos, sin, P, scale,
+                LEFT, RIGHT, D, BLOCK_N, ROPE, FLOAT, False,
+            )  # fmt: skip
+        if whole < end:
+            acc, total, top = _meet(
+                acc, total, top, q1, q2, k, v, row, whole, start, end, stride_kv, cos, sin, P, scale,
+                LEFT, RIGHT, D, BLOCK_N, ROPE, FLOAT, True,
+            )  # fmt: skip
+
+    address = row.to(tl.int64)[:, None] * stride_out + head * head_out + tl.arange(0, D)
+    tl.store(out + address, (acc / total[:, None]).to(out.dtype.element_ty), mask=(row < last)[:, None])
+
+
+def block_m(head_dim: int, max_seqlen: int, dtype: torch.dtype, local: bool) -> int:
+    """Queries a tile, for `tiles`: few in local layers (a wide tile meets keys that most of its queries don't see)."""
+    if dtype == torch.float32:
+        return 32
+    return 64 if local or max_seqlen <= 64 else 128
+
+
+def _config(block: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """By registers and shared memory, read off the compiled kernels: nothing spills, and two programs or more fit a
+    multiprocessor of sm_90. bench/bench_attention.py --tune measures the neighbours."""
+    if dtype == torch.float32:
+        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_N": 64, "num_warps": 8 if block * head_dim > 128 * 64 else 4, "num_stages": 2 if head_dim > 64 else 3}
+
+
+def tiles(cu_seqlens: Tensor, count: int, block: int) -> Tensor:
+    """(count, 4) int32 beside cu_seqlens: `block` queries a tile, long sequences first, so that short tiles come last.
+
+    count: their number, sum of ceil(length / block), or more (T // block + B is never too small): the rest is empty.
+    lengths [5, 130], block 64 -> (5, 135, 5, 135), (69, 135, 5, 135), (133, 135, 5, 135), (0, 5, 0, 5)
+    """
+    lengths, order = cu_seqlens.diff().sort(descending=True, stable=True)
+    ends = ((lengths + (block - 1)) // block).cumsum(0)
+    tile = torch.arange(count, device=cu_seqlens.device)
+    place = torch.searchsorted(ends, tile, right=True).clamp(max=len(lengths) - 1)
+    start = cu_seqlens[:-1][order][place]
+    end = start + lengths[place]
+    row = start + (tile - ends[place] + (lengths[place] + (block - 1)) // block) * block
+    table = torch.stack([row, end, start, end], 1)
+    return torch.where((tile < ends[-1:])[:, None], table, 0).to(torch.int32)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, T: int) -> list[int]:
+    """Its values, brought to the host. Raises ValueError unless it is (B + 1,) int32, starts at 0, never decreases and
+    ends at T."""
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (B + 1,) int32, B at least 1"
+        )
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != T or any(a > b for a, b in zip(values, values[1:])):  # noqa: B905  neighbours
+        raise ValueError(f"cu_seqlens is {values[:8]}..{values[-1]}; it must start at 0, never decrease, end at T = {T}")
+    return values
+
+
+def attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    window_size: tuple[int, int] = (-1, -1),
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    tile_table: Tensor | None = None,
+    block: int | None = None,
+    config: dict[str, int] | None = None,
+) -> Tensor:
+    """Bidirectional attention inside each sequence: qkv (T, 3, H, D) -> (T, H, D), scaled by D^-0.5. Forward only.
+
+    qkv: fp16, bf16 or fp32 (products in full fp32), D one of 32, 64, 128, the last dimension contiguous.
+    cu_seqlens (B + 1,) int32. Token i sees i - left to i + right of its own sequence, inclusive; -1 is unlimited.
+    cos, sin (P, D / 2) fp32: RoPE is applied to q and k as they are loaded, row p of the tables to the token at place
+    p of its sequence (the last row to any beyond), and the result rounded to qkv's dtype.
+    tile_table and block: what `tiles` gave for these sequences; without them cu_seqlens is brought to the host, which
+    waits for the device. config: BLOCK_N, num_warps, num_stages, to measure others.
+    Raises ValueError, naming the argument, for what it can't do.
+    """
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D)")
+    T, _, _, D = qkv.shape
+    left, right = (-1 if side < 0 else int(side) for side in window_size)
+    if tile_table is None or block is None:
+        values = check_cu_seqlens(cu_seqlens, T)
+        lengths = [b - a for a, b in zip(values, values[1:])]  # noqa: B905  neighbours
+        block = block or block_m(D, max(lengths), qkv.dtype, left >= 0 or right >= 0)
+        count = sum(-(-n // block) for n in lengths)
+        tile_table = tiles(torch.tensor(values, dtype=torch.int32), count, block).to(qkv.device)
+    q, k, v = qkv.unbind(1)
+    return _launch(q, k, v, tile_table, block, left, right, cos, sin, config)
+
+
+def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """One query a sequence, over all of its keys: q (B, H, D), kv (T, 2, H, D), cu_seqlens (B + 1,) int32 -> (B, H, D).
+
+    As `attention` without a window. cu_seqlens' values are not checked (they are on the device): keys outside kv are
+    never read, and a sequence without keys gives NaN.
+    """
+    if kv.dim() != 4 or kv.shape[1] != 2 or q.shape != (len(cu_seqlens) - 1, *kv.shape[2:]):
+        raise ValueError(f"q is {tuple(q.shape)}, kv {tuple(kv.shape)}; they must be (B, H, D) and (T, 2, H, D)")
+    if cu_seqlens.dtype != torch.int32 or q.dtype != kv.dtype:
+        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}, q {q.dtype}, kv {kv.dtype}; int32 and one dtype are needed")
+    row = torch.arange(len(q), dtype=torch.int32, device=q.device)
+    table = torch.stack([row, row + 1, cu_seqlens[:-1], cu_seqlens[1:]], 1)
+    k, v = kv.unbind(1)
+    block = 32 if q.dtype == torch.float32 else 64  # one row of it is used; the matrix units take no fewer
+    return _launch(q, k, v, table, block, -1, -1, None, None, None)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    block: int,
+    left: int,
+    right: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    config: dict[str, int] | None,
+) -> Tensor:
+    (Q, H, D), T = q.shape, len(k)
+    if D not in HEAD_DIMS:
+        raise ValueError(f"qkv has head_dim {D}; it must be one of {', '.join(map(str, HEAD_DIMS))}")
+    if q.dtype not in _DTYPES:
+        raise ValueError(f"qkv has dtype {q.dtype}; it must be float16, bfloat16 or float32")
+    if q.stride(2) != 1 or k.stride(2) != 1 or v.stride() != k.stride():
+        raise ValueError("qkv must have a contiguous last dimension, and k and v the same strides")
+    if max(Q * q.stride(0), T * k.stride(0)) >= 2**31:
+        raise ValueError(f"qkv spans {T} rows of {k.stride(0)} elements, 2^31 or more; split the batch")
+    if table.dim() != 2 or table.shape[1] != 4 or table.dtype != torch.int32 or not table.is_contiguous():
+        raise ValueError(f"tile_table is {tuple(table.shape)} {table.dtype}; it must be what `tiles` gives")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin must be given together")
+    for name, angles in (("cos", cos), ("sin", sin)):
+        if angles is not None and (
+            angles.dim() != 2 or angles.shape[1] != D // 2 or angles.dtype != torch.float32 or not angles.is_contiguous()
+        ):
+            raise ValueError(f"{name} is {tuple(angles.shape)} {angles.dtype}; it must be (P, {D // 2}) float32, contiguous")
+    out = torch.empty((Q, H, D), dtype=q.dtype, device=q.device)
+    if out.numel() == 0 or len(table) == 0:
+        return out
+    _attention_kernel[(len(table), H)](
+        q,
+        k,
+        v,
+        out,
+        table,
+        q if cos is None else cos,
+        q if sin is None else sin,
+        0 if cos is None else len(cos),
+        Q,
+        T,
+        D**-0.5 * _LOG2E,
+        q.stride(0),
+        k.stride(0),
+        out.stride(0),
+        q.stride(1),
+        k.stride(1),
+        out.stride(1),
+        LEFT=left,
+        RIGHT=right,
+        D=D,
+        BLOCK_M=block,
+        ROPE=cos is not None,
+        FLOAT=q.dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.JITFunction),
+        ONE_LOOP=q.dtype == torch.float32,  # its products are unrolled: twice would spill registers
+        **(config or _config(block, D, q.dtype)),
+    )
+    return out
+
+
+@torch.library.custom_op("modernbert_lite::attention", mutates_args=())
+def attention_op(qkv: Tensor, cu_seqlens: Tensor, tile_table: Tensor, block: int, left: int, right: int) -> Tensor:
+    """`attention` for torch.compile, torch.export and autograd."""
+    return attention(qkv, cu_seqlens, (left, right), tile_table=tile_table, block=block)
+
+
+@torch.library.custom_op("modernbert_lite::attention_backward", mutates_args=())
+def attention_backward_op(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, left: int, right: int) -> Tensor:
+    """The gradient of qkv, sequence by sequence in plain torch, O(S^2) memory: training takes torch's own varlen_attn
+    where there is one, and this stands behind a compiled graph that asks for a gradient."""
+    out = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+    ends = cu_seqlens.tolist()
+    for start, end in zip(ends, ends[1:]):  # noqa: B905  neighbours
+        q, k, v = qkv[start:end].float().permute(1, 2, 0, 3)  # (H, S, D)
+        g = grad[start:end].float().transpose(0, 1)
+        place = torch.arange(end - start, device=qkv.device)
+        distance = place - place[:, None]
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        if left >= 0:
+            hidden |= distance < -left
+        if right >= 0:
+            hidden |= distance > right
+        scale = q.shape[-1] ** -0.5
+        p = (q @ k.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1)
+        dp = g @ v.mT
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        out[start:end] = torch.stack([ds @ k, ds.mT @ q, p.mT @ g]).permute(2, 0, 1, 3).to(qkv.dtype)
+    return out
+
+
+@attention_op.register_fake
+def _(qkv, cu_seqlens, tile_table, block, left, right):
+    return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
+
+
+@attention_backward_op.register_fake
+def _(grad, qkv, cu_seqlens, left, right):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output):
+    qkv, cu_seqlens, _, _, ctx.left, ctx.right = inputs
+    ctx.save_for_backward(qkv, cu_seqlens)
+
+
+def _backward(ctx, grad):
+    qkv, cu_seqlens = ctx.saved_tensors
+    return attention_backward_op(grad, qkv, cu_seqlens, ctx.left, ctx.right), None, None, None, None, None
+
+
+attention_op.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("modernbert_lite::row_attention", mutates_args=())
+def row_attention_op(q: Tensor, kv: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`row_attention` for torch.compile and torch.export; no gradient (ops takes plain torch for one)."""
+    return row_attention(q, kv, cu_seqlens)
+
+
+@row_attention_op.register_fake
+def _(q, kv, cu_seqlens):
+    return q.new_empty(q.shape)

@@ -1,0 +1,296 @@
+"""LayerNorm (arXiv 1607.06450), with the residual's addition before it where asked: one pass over memory."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_WIDTH = 8192  # a row is held in registers
+
+
+@triton.jit
+def _statistics(x, inside, C, eps):
+    """Mean and reciprocal deviation of rows: of centred squares, because E[x^2] - E[x]^2 cancels."""
+    mean = tl.sum(x, 1) / C
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    return centred, 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / C + eps)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _layer_norm_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    y,
+    total,
+    T,
+    C,
+    eps,
+    stride_x,
+    stride_residual,
+    RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    known = column < C
+    inside = (row < T) & known
+    v = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        v += tl.load(residual + row * stride_residual + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = v.to(total.dtype.element_ty)
+        tl.store(total + row * C + column, rounded, mask=inside)
+        v = rounded.to(tl.float32)  # of what is stored: the backward pass has nothing else
+    centred, scale = _statistics(v, inside, C, eps)
+    w = tl.load(weight + column, mask=known, other=0.0).to(tl.float32)
+    out = centred * scale[:, None] * w
+    if BIAS:
+        out += tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
+    tl.store(y + row * C + column, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _layer_norm_backward_kernel(
+    grad,
+    grad_total,
+    x,
+    weight,
+    grad_x,
+    partial_weight,  # (programs, C) fp32
+    partial_bias,
+    T,
+    C,
+    eps,
+    stride_grad,
+    stride_grad_total,
+    stride_x,
+    RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK)[None, :]
+    known = column < C
+    w = tl.load(weight + column, mask=known, other=0.0).to(tl.float32)
+    sum_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    # Each program takes every n-th group of rows, so that the weights' gradients need only as many partial sums as
+    # there are programs.
+    for first in tl.range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = (row < T) & known
+        v = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(grad + row * stride_grad + column, mask=inside, other=0.0).to(tl.float32)
+        centred, scale = _statistics(v, inside, C, eps)
+        normed = centred * scale[:, None]
+        dw = d * w
+        mean1 = tl.sum(dw, 1) / C
+        mean2 = tl.sum(dw * normed, 1) / C
+        dx = (dw - mean1[:, None] - normed * mean2[:, None]) * scale[:, None]
+        if RESIDUAL:
+            dx += tl.load(grad_total + row * stride_grad_total + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_x + row * C + column, dx.to(grad_x.dtype.element_ty), mask=inside)
+        sum_weight += d * normed
+        if BIAS:
+            sum_bias += d
+    to = tl.program_id(0) * C + tl.arange(0, BLOCK)
+    tl.store(partial_weight + to, tl.sum(sum_weight, 0), mask=tl.arange(0, BLOCK) < C)
+    if BIAS:
+        tl.store(partial_bias + to, tl.sum(sum_bias, 0), mask=tl.arange(0, BLOCK) < C)
+
+
+def _check(weight: Tensor, bias: Tensor | None, **tensors: Tensor | None) -> None:
+    (first, like), *_ = tensors.items()
+    assert like is not None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.dim() != 2 or x.shape != like.shape or x.dtype != like.dtype or x.shape[1] == 0:
+            raise ValueError(
+                f"{name} is {tuple(x.shape)} {x.dtype}, {first} {tuple(like.shape)} {like.dtype}; both must be (T, C) "
+                "of one dtype"
+            )
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be float32, float16 or bfloat16")
+        if x.shape[1] > _MAX_WIDTH:
+            raise ValueError(f"{name} is {x.shape[1]} wide; the kernel takes {_MAX_WIDTH} at most")
+        if x.shape[1] > 1 and x.stride(1) != 1:
+            raise ValueError(f"the last dimension of {name} must be contiguous")
+        if len(x) * x.stride(0) >= 2**31:
+            raise ValueError(f"{name} spans {len(x)} rows of {x.stride(0)} elements, 2^31 or more; split the batch")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and (parameter.shape != like.shape[1:] or not parameter.is_contiguous()):
+            raise ValueError(f"{name} is {tuple(parameter.shape)}; it must be ({like.shape[1]},), contiguous")
+
+
+def _shape(C: int) -> dict[str, int]:
+    """Rows a program, and warps: 4 rows of up to 1024, fewer of wider ones."""
+    BLOCK = triton.next_power_of_2(C)
+    return {"ROWS": max(1, min(4, 4096 // BLOCK)), "BLOCK": BLOCK, "num_warps": 4 if BLOCK <= 4096 else 8}
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """(T, C) -> (T, C), statistics over C in fp32; weight and bias (C,), bias may be None. C up to 8192.
+
+    Rows of x may be strided. Raises ValueError, naming the argument, for what it can't do.
+    """
+    _check(weight, bias, x=x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _forward(x, None, weight, bias, eps, y, None)
+    return y
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """x and residual (T, C) -> layer_norm(x + residual), and x + residual, each (T, C): see `layer_norm`."""
+    _check(weight, bias, x=x, residual=residual)
+    y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    _forward(x, residual, weight, bias, eps, y, total)
+    return y, total
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    y: Tensor,
+    total: Tensor | None,
+) -> None:
+    T, C = x.shape
+    shape = _shape(C)
+    if T:
+        _layer_norm_kernel[(triton.cdiv(T, shape["ROWS"]),)](
+            x,
+            x if residual is None else residual,
+            weight,
+            weight if bias is None else bias,
+            y,
+            y if total is None else total,
+            T,
+            C,
+            eps,
+            x.stride(0),
+            x.stride(0) if residual is None else residual.stride(0),
+            RESIDUAL=residual is not None,
+            BIAS=bias is not None,
+            **shape,
+        )
+
+
+def layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    grad_total: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of x (T, C), weight (C,) and bias (C,) (None without one), of `layer_norm`.
+
+    grad (T, C): of its result. After `add_layer_norm`, x is the sum it gave, grad_total (T, C) the sum's own gradient,
+    and the first result is that of both its inputs. Statistics are computed anew from x.
+    """
+    _check(weight, bias, x=x, grad=grad, grad_total=grad_total)
+    T, C = x.shape
+    shape = _shape(C)
+    groups = triton.cdiv(T, shape["ROWS"])
+    # Programs stay while rows pass: four a multiprocessor fill it, and fewer partial sums are less to add up.
+    programs = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    programs = max(1, min(groups, programs))
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    partial_weight = torch.zeros((programs, C), dtype=torch.float32, device=x.device)
+    partial_bias = None if bias is None else torch.zeros_like(partial_weight)
+    if T:
+        _layer_norm_backward_kernel[(programs,)](
+            grad,
+            grad if grad_total is None else grad_total,
+            x,
+            weight,
+            grad_x,
+            partial_weight,
+            partial_weight if partial_bias is None else partial_bias,
+            T,
+            C,
+            eps,
+            grad.stride(0),
+            grad.stride(0) if grad_total is None else grad_total.stride(0),
+            x.stride(0),
+            RESIDUAL=grad_total is not None,
+            BIAS=bias is not None,
+            **shape,
+        )
+    grad_bias = None if partial_bias is None else partial_bias.sum(0).to(weight.dtype)
+    return grad_x, partial_weight.sum(0).to(weight.dtype), grad_bias
+
+
+@torch.library.custom_op("modernbert_lite::layer_norm", mutates_args=())
+def layer_norm_op(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """`layer_norm` for torch.compile, torch.export and autograd."""
+    return layer_norm(x, weight, bias, eps)
+
+
+@torch.library.custom_op("modernbert_lite::add_layer_norm", mutates_args=())
+def add_layer_norm_op(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` for torch.compile, torch.export and autograd."""
+    return add_layer_norm(x, residual, weight, bias, eps)
+
+
+@torch.library.custom_op("modernbert_lite::layer_norm_backward", mutates_args=())
+def layer_norm_backward_op(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, grad_total: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias (empty without one)."""
+    if grad_total is not None:
+        grad_total = grad_total.contiguous()
+    grad_x, grad_weight, grad_bias = layer_norm_backward(grad.contiguous(), x, weight, bias, eps, grad_total)
+    return grad_x, grad_weight, weight.new_empty(0) if grad_bias is None else grad_bias
+
+
+@layer_norm_op.register_fake
+def _(x, weight, bias, eps):
+    return x.new_empty(x.shape)
+
+
+@add_layer_norm_op.register_fake
+def _(x, residual, weight, bias, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@layer_norm_backward_op.register_fake
+def _(grad, x, weight, bias, eps, grad_total):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(0 if bias is None else weight.shape)
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _backward(ctx, grad):
+    x, weight, bias = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = layer_norm_backward_op(grad, x, weight, bias, ctx.eps, None)
+    return grad_x, grad_weight, None if bias is None else grad_bias, None
+
+
+def _save_total(ctx, inputs, output):
+    _, _, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(output[1], weight, bias)
+
+
+def _backward_total(ctx, grad, grad_total):
+    total, weight, bias = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = layer_norm_backward_op(grad, total, weight, bias, ctx.eps, grad_total)
+    return grad_x, grad_x, grad_weight, None if bias is None else grad_bias, None
+
+
+layer_norm_op.register_autograd(_backward, setup_context=_save)
+add_layer_norm_op.register_autograd(_backward_total, setup_context=_save_total)

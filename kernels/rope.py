@@ -1,0 +1,145 @@
+"""Rotary embedding (arXiv 2104.09864) of q and k in place, in the packed projection: read once, written once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BLOCK_T, BLOCK_H = 8, 8
+
+
+@triton.jit(do_not_specialize=["T", "P"])
+def _rope_kernel(
+    x,  # (T, 2 or 3, H, D): the first two are q and k
+    cos,
+    sin,
+    position_ids,
+    T,
+    P,
+    H,
+    stride_t,
+    stride_qk,
+    stride_h,
+    HALF: tl.constexpr,
+    PADDED: tl.constexpr,  # HALF's next power of two
+    POSITIONS: tl.constexpr,
+    INVERSE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    groups = tl.cdiv(2 * H, BLOCK_H)
+    token = tl.program_id(0) // groups * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = tl.program_id(0) % groups * BLOCK_H + tl.arange(0, BLOCK_H)  # q's heads, then k's
+    column = tl.arange(0, PADDED)
+    if POSITIONS:
+        place = tl.load(position_ids + token, mask=token < T, other=0).to(tl.int32)
+    else:
+        place = token
+    place = tl.minimum(tl.maximum(place, 0), P - 1)  # no position leads outside the tables
+    angle = place[:, None] * HALF + column
+    known = (token < T)[:, None] & (column < HALF)
+    c = tl.load(cos + angle, mask=known, other=0.0)[:, None, :]
+    s = tl.load(sin + angle, mask=known, other=0.0)[:, None, :]
+    if INVERSE:
+        s = -s
+    heads = head // H * stride_qk + head % H * stride_h
+    address = token.to(tl.int64)[:, None, None] * stride_t + heads[None, :, None] + column[None, None, :]
+    inside = (token < T)[:, None, None] & (head < 2 * H)[None, :, None] & (column < HALF)[None, None, :]
+    first, second = x + address, x + HALF + address
+    # fp32 from the load on, also because the interpreter's own bf16 arithmetic is wrong.
+    x1 = tl.load(first, mask=inside).to(tl.float32)
+    x2 = tl.load(second, mask=inside).to(tl.float32)
+    tl.store(first, (x1 * c - x2 * s).to(x.dtype.element_ty), mask=inside)
+    tl.store(second, (x2 * c + x1 * s).to(x.dtype.element_ty), mask=inside)
+
+
+def rope_(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None, *, inverse: bool = False
+) -> Tensor:
+    """Rotates q and k of qkv (T, 3, H, D) in place and returns it; v stays. fp32 arithmetic.
+
+    cos, sin (P, D / 2) fp32, contiguous: row t is token t's, or with position_ids (T,) int32 or int64 row
+    position_ids[t] (values beyond the tables take their first or last row). D even. Split halves (NeoX): pair j is
+    (x[j], x[j + D/2]). inverse: rotates back, which is also the backward pass (the sine negated).
+    Raises ValueError, naming the argument, for what it can't do.
+    """
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D)")
+    T, _, H, D = qkv.shape
+    if qkv.dtype not in _DTYPES:
+        raise ValueError(f"qkv has dtype {qkv.dtype}; it must be float16, bfloat16 or float32")
+    if D % 2 or D == 0:
+        raise ValueError(f"qkv has head_dim {D}; it must be even")
+    if qkv.stride(3) != 1:
+        raise ValueError("qkv must have a contiguous last dimension")
+    if T * qkv.stride(0) >= 2**31:
+        raise ValueError(f"qkv spans {T} rows of {qkv.stride(0)} elements, 2^31 or more; split the batch")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dim() != 2 or table.shape[1] != D // 2 or table.dtype != torch.float32 or not table.is_contiguous():
+            raise ValueError(
+                f"{name} is {tuple(table.shape)} {table.dtype}; it must be (P, {D // 2}) float32, contiguous"
+            )
+    if len(cos) != len(sin) or (T and len(cos) == 0) or (position_ids is None and len(cos) < T):
+        raise ValueError(f"cos has {len(cos)} rows and sin {len(sin)}; T is {T}: there must be one a token or position")
+    if position_ids is not None and (
+        position_ids.shape != (T,)
+        or position_ids.dtype not in (torch.int32, torch.int64)
+        or not position_ids.is_contiguous()
+    ):
+        raise ValueError(
+            f"position_ids is {tuple(position_ids.shape)} {position_ids.dtype}; "
+            f"it must be ({T},) int32 or int64, contiguous"
+        )
+    if qkv.numel():
+        grid = (triton.cdiv(T, BLOCK_T) * triton.cdiv(2 * H, BLOCK_H),)
+        _rope_kernel[grid](
+            qkv,
+            cos,
+            sin,
+            cos if position_ids is None else position_ids,
+            T,
+            len(cos),
+            H,
+            qkv.stride(0),
+            qkv.stride(1),
+            qkv.stride(2),
+            HALF=D // 2,
+            PADDED=triton.next_power_of_2(D // 2),
+            POSITIONS=position_ids is not None,
+            INVERSE=inverse,
+            BLOCK_T=BLOCK_T,
+            BLOCK_H=BLOCK_H,
+        )
+    return qkv
+
+
+@torch.library.custom_op("modernbert_lite::rope_", mutates_args={"qkv"})
+def rope_inplace_op(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> None:
+    """`rope_` for torch.compile and torch.export, where no gradient is asked for."""
+    rope_(qkv, cos, sin, position_ids)
+
+
+@torch.library.custom_op("modernbert_lite::rope", mutates_args=())
+def rope_op(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, inverse: bool) -> Tensor:
+    """`rope_` on a copy, for autograd: its backward is itself with the sine negated."""
+    copy = qkv.clone(memory_format=torch.contiguous_format)
+    return rope_(copy, cos, sin, position_ids, inverse=inverse)
+
+
+@rope_op.register_fake
+def _(qkv, cos, sin, position_ids, inverse):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output):
+    _, cos, sin, position_ids, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, position_ids)
+
+
+def _backward(ctx, grad):
+    cos, sin, position_ids = ctx.saved_tensors
+    return rope_op(grad, cos, sin, position_ids, not ctx.inverse), None, None, None, None
+
+
+rope_op.register_autograd(_backward, setup_context=_save)

@@ -5,6 +5,9 @@ its queries can see. The list of tiles is made on the host, which knows the leng
 nothing, and nothing waits for the device.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
 import torch
 import triton
 import triton.language as tl
@@ -172,11 +175,12 @@ def _attention_kernel(
                 LEFT, RIGHT, D, BLOCK_N, ROPE, FLOAT, True,
             )  # fmt: skip
 
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # without keys: zeros
     address = row.to(tl.int64)[:, None] * stride_out + head * head_out + tl.arange(0, D)
-    tl.store(out + address, (acc / total[:, None]).to(out.dtype.element_ty), mask=(row < last)[:, None])
+    tl.store(out + address, acc.to(out.dtype.element_ty), mask=(row < last)[:, None])
 
 
-def block_m(head_dim: int, max_seqlen: int, dtype: torch.dtype, local: bool) -> int:
+def block_m(max_seqlen: int, dtype: torch.dtype, local: bool) -> int:
     """Queries a tile, for `tiles`: few in local layers (a wide tile meets keys that most of its queries don't see)."""
     if dtype == torch.float32:
         return 32
@@ -188,14 +192,24 @@ def _config(block: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     multiprocessor of sm_90. bench/bench_attention.py --tune measures the neighbours."""
     if dtype == torch.float32:
         return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_N": 64, "num_warps": 8 if block * head_dim > 128 * 64 else 4, "num_stages": 2 if head_dim > 64 else 3}
+    wide = block * head_dim > 128 * 64
+    return {"BLOCK_N": 64, "num_warps": 8 if wide else 4, "num_stages": 2 if head_dim > 64 else 3}
 
 
-def tiles(cu_seqlens: Tensor, count: int, block: int) -> Tensor:
-    """(count, 4) int32 beside cu_seqlens: `block` queries a tile, long sequences first, so that short tiles come last.
+def tiles(seqlens: Sequence[int], block: int) -> Tensor:
+    """(n, 4) int32 on the host: `block` queries a tile, long sequences first, so that the shortest work comes last.
 
-    count: their number, sum of ceil(length / block), or more (T // block + B is never too small): the rest is empty.
-    lengths [5, 130], block 64 -> (5, 135, 5, 135), (69, 135, 5, 135), (133, 135, 5, 135), (0, 5, 0, 5)
+    seqlens [5, 130], block 64 -> (5, 135, 5, 135), (69, 135, 5, 135), (133, 135, 5, 135), (0, 5, 0, 5)
+    """
+    spans = sorted(zip(accumulate(seqlens, initial=0), seqlens), key=lambda span: -span[1])  # noqa: B905  one more start
+    table = [(row, start + n, start, start + n) for start, n in spans for row in range(start, start + n, block)]
+    return torch.tensor(table, dtype=torch.int32).view(-1, 4)
+
+
+def device_tiles(cu_seqlens: Tensor, count: int, block: int) -> Tensor:
+    """`tiles` of sequences that only the device knows (while torch.compile traces): (count, 4) int32 beside cu_seqlens.
+
+    count: their number or more (T // block + B is never too small); the rest are empty, (0, 0, 0, 0).
     """
     lengths, order = cu_seqlens.diff().sort(descending=True, stable=True)
     ends = ((lengths + (block - 1)) // block).cumsum(0)
@@ -216,8 +230,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, T: int) -> list[int]:
             f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (B + 1,) int32, B at least 1"
         )
     values = cu_seqlens.tolist()
-    if values[0] != 0 or values[-1] != T or any(a > b for a, b in zip(values, values[1:])):  # noqa: B905  neighbours
-        raise ValueError(f"cu_seqlens is {values[:8]}..{values[-1]}; it must start at 0, never decrease, end at T = {T}")
+    if values[0] != 0 or values[-1] != T or any(a > b for a, b in pairwise(values)):
+        raise ValueError(
+            f"cu_seqlens is {values[:8]}..{values[-1]}; it must start at 0, never decrease, end at T = {T}"
+        )
     return values
 
 
@@ -244,14 +260,13 @@ def attention(
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D)")
-    T, _, _, D = qkv.shape
+    T = len(qkv)
     left, right = (-1 if side < 0 else int(side) for side in window_size)
     if tile_table is None or block is None:
         values = check_cu_seqlens(cu_seqlens, T)
-        lengths = [b - a for a, b in zip(values, values[1:])]  # noqa: B905  neighbours
-        block = block or block_m(D, max(lengths), qkv.dtype, left >= 0 or right >= 0)
-        count = sum(-(-n // block) for n in lengths)
-        tile_table = tiles(torch.tensor(values, dtype=torch.int32), count, block).to(qkv.device)
+        lengths = [b - a for a, b in pairwise(values)]
+        block = block or block_m(max(lengths), qkv.dtype, left >= 0 or right >= 0)
+        tile_table = tiles(lengths, block).to(qkv.device)
     q, k, v = qkv.unbind(1)
     return _launch(q, k, v, tile_table, block, left, right, cos, sin, config)
 
@@ -260,12 +275,14 @@ def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor) -> Tensor:
     """One query a sequence, over all of its keys: q (B, H, D), kv (T, 2, H, D), cu_seqlens (B + 1,) int32 -> (B, H, D).
 
     As `attention` without a window. cu_seqlens' values are not checked (they are on the device): keys outside kv are
-    never read, and a sequence without keys gives NaN.
+    never read, and a sequence without keys gives zeros.
     """
     if kv.dim() != 4 or kv.shape[1] != 2 or q.shape != (len(cu_seqlens) - 1, *kv.shape[2:]):
         raise ValueError(f"q is {tuple(q.shape)}, kv {tuple(kv.shape)}; they must be (B, H, D) and (T, 2, H, D)")
     if cu_seqlens.dtype != torch.int32 or q.dtype != kv.dtype:
-        raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}, q {q.dtype}, kv {kv.dtype}; int32 and one dtype are needed")
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype}, q {q.dtype}, kv {kv.dtype}; int32 and one dtype are needed"
+        )
     row = torch.arange(len(q), dtype=torch.int32, device=q.device)
     table = torch.stack([row, row + 1, cu_seqlens[:-1], cu_seqlens[1:]], 1)
     k, v = kv.unbind(1)
@@ -298,11 +315,9 @@ def _launch(
         raise ValueError(f"tile_table is {tuple(table.shape)} {table.dtype}; it must be what `tiles` gives")
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin must be given together")
-    for name, angles in (("cos", cos), ("sin", sin)):
-        if angles is not None and (
-            angles.dim() != 2 or angles.shape[1] != D // 2 or angles.dtype != torch.float32 or not angles.is_contiguous()
-        ):
-            raise ValueError(f"{name} is {tuple(angles.shape)} {angles.dtype}; it must be (P, {D // 2}) float32, contiguous")
+    for name, x in (("cos", cos), ("sin", sin)):
+        if x is not None and not (x.shape[1:] == (D // 2,) and x.dtype == torch.float32 and x.is_contiguous()):
+            raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; it must be (P, {D // 2}) float32, contiguous")
     out = torch.empty((Q, H, D), dtype=q.dtype, device=q.device)
     if out.numel() == 0 or len(table) == 0:
         return out
@@ -348,7 +363,7 @@ def attention_backward_op(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, left: i
     where there is one, and this stands behind a compiled graph that asks for a gradient."""
     out = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
     ends = cu_seqlens.tolist()
-    for start, end in zip(ends, ends[1:]):  # noqa: B905  neighbours
+    for start, end in pairwise(ends):
         q, k, v = qkv[start:end].float().permute(1, 2, 0, 3)  # (H, S, D)
         g = grad[start:end].float().transpose(0, 1)
         place = torch.arange(end - start, device=qkv.device)

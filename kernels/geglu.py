@@ -77,7 +77,7 @@ def _geglu_backward_kernel(
 
 
 def _check(act: str, **tensors: Tensor) -> None:
-    (first, like), *others = tensors.items()
+    first, like = next(iter(tensors.items()))
     for name, x in tensors.items():
         if x.dim() != 2 or x.shape != like.shape or x.dtype != like.dtype:
             raise ValueError(
@@ -119,7 +119,9 @@ def geglu(activated: Tensor, gate: Tensor, act: str = "gelu") -> Tensor:
     return out
 
 
-def geglu_backward(grad: Tensor, activated: Tensor, gate: Tensor, act: str = "gelu", *, swapped: bool = False) -> Tensor:
+def geglu_backward(
+    grad: Tensor, activated: Tensor, gate: Tensor, act: str = "gelu", *, swapped: bool = False
+) -> Tensor:
     """The gradients of the two halves for that of the product, all (T, N), -> (T, 2N): of `activated`, then of `gate`;
     swapped: the other way round. Computes the activation anew; nothing that it reads is written. Raises ValueError as
     `geglu` does."""

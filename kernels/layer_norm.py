@@ -104,7 +104,7 @@ def _layer_norm_backward_kernel(
 
 
 def _check(weight: Tensor, bias: Tensor | None, **tensors: Tensor | None) -> None:
-    (first, like), *_ = tensors.items()
+    first, like = next(iter(tensors.items()))
     assert like is not None
     for name, x in tensors.items():
         if x is None:

@@ -157,9 +157,8 @@ def pool(
         slots = T // CHUNK + B + 1
         partial = torch.empty((slots, C), dtype=torch.float32, device=x.device)
         _sum_kernel[(slots,)](x, cu_seqlens, weight, bias, partial, T, B, C, eps, x.stride(0), **norm, **shape)
-    _finish_kernel[(B,)](
-        x, cu_seqlens, weight, bias, partial, out, T, C, eps, x.stride(0), MEAN=mode == "mean", UNIT=normalize, **norm, **shape
-    )  # fmt: skip
+    flags = {"MEAN": mode == "mean", "UNIT": normalize}
+    _finish_kernel[(B,)](x, cu_seqlens, weight, bias, partial, out, T, C, eps, x.stride(0), **flags, **norm, **shape)
     return out
 
 

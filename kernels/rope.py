@@ -11,7 +11,7 @@ BLOCK_T, BLOCK_H = 8, 8
 
 @triton.jit(do_not_specialize=["T", "P"])
 def _rope_kernel(
-    x,  # (T, 2 or 3, H, D): the first two are q and k
+    x,
     cos,
     sin,
     position_ids,
@@ -21,6 +21,7 @@ def _rope_kernel(
     stride_t,
     stride_qk,
     stride_h,
+    TURNED: tl.constexpr,
     HALF: tl.constexpr,
     PADDED: tl.constexpr,  # HALF's next power of two
     POSITIONS: tl.constexpr,
@@ -28,9 +29,9 @@ def _rope_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    groups = tl.cdiv(2 * H, BLOCK_H)
+    groups = tl.cdiv(TURNED * H, BLOCK_H)
     token = tl.program_id(0) // groups * BLOCK_T + tl.arange(0, BLOCK_T)
-    head = tl.program_id(0) % groups * BLOCK_H + tl.arange(0, BLOCK_H)  # q's heads, then k's
+    head = tl.program_id(0) % groups * BLOCK_H + tl.arange(0, BLOCK_H)  # q's, then k's
     column = tl.arange(0, PADDED)
     if POSITIONS:
         place = tl.load(position_ids + token, mask=token < T, other=0).to(tl.int32)
@@ -45,7 +46,7 @@ def _rope_kernel(
         s = -s
     heads = head // H * stride_qk + head % H * stride_h
     address = token.to(tl.int64)[:, None, None] * stride_t + heads[None, :, None] + column[None, None, :]
-    inside = (token < T)[:, None, None] & (head < 2 * H)[None, :, None] & (column < HALF)[None, None, :]
+    inside = (token < T)[:, None, None] & (head < TURNED * H)[None, :, None] & (column < HALF)[None, None, :]
     first, second = x + address, x + HALF + address
     # fp32 from the load on, also because the interpreter's own bf16 arithmetic is wrong.
     x1 = tl.load(first, mask=inside).to(tl.float32)
@@ -57,16 +58,18 @@ def _rope_kernel(
 def rope_(
     qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None, *, inverse: bool = False
 ) -> Tensor:
-    """Rotates q and k of qkv (T, 3, H, D) in place and returns it; v stays. fp32 arithmetic.
+    """Rotates q and k of qkv (T, 3, H, D) in place and returns it; v stays. fp32 arithmetic. Also k of kv (T, 2, H, D),
+    and q alone (T, 1, H, D).
 
     cos, sin (P, D / 2) fp32, contiguous: row t is token t's, or with position_ids (T,) int32 or int64 row
     position_ids[t] (values beyond the tables take their first or last row). D even. Split halves (NeoX): pair j is
     (x[j], x[j + D/2]). inverse: rotates back, which is also the backward pass (the sine negated).
     Raises ValueError, naming the argument, for what it can't do.
     """
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D)")
-    T, _, H, D = qkv.shape
+    if qkv.dim() != 4 or qkv.shape[1] not in (1, 2, 3):
+        raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D), or (T, 2, H, D), or (T, 1, H, D)")
+    T, parts, H, D = qkv.shape
+    turned = max(1, parts - 1)
     if qkv.dtype not in _DTYPES:
         raise ValueError(f"qkv has dtype {qkv.dtype}; it must be float16, bfloat16 or float32")
     if D % 2 or D == 0:
@@ -92,7 +95,7 @@ def rope_(
             f"it must be ({T},) int32 or int64, contiguous"
         )
     if qkv.numel():
-        grid = (triton.cdiv(T, BLOCK_T) * triton.cdiv(2 * H, BLOCK_H),)
+        grid = (triton.cdiv(T, BLOCK_T) * triton.cdiv(turned * H, BLOCK_H),)
         _rope_kernel[grid](
             qkv,
             cos,
@@ -104,6 +107,7 @@ def rope_(
             qkv.stride(0),
             qkv.stride(1),
             qkv.stride(2),
+            TURNED=turned,
             HALF=D // 2,
             PADDED=triton.next_power_of_2(D // 2),
             POSITIONS=position_ids is not None,

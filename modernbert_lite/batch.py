@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class PackedBatch:
     position_ids: Tensor  # (T,) int64, from 0 in each sequence
     seqlens: tuple[int, ...]  # the lengths on the host: asking the device for them would wait for it
     max_id: int  # the largest id, on the host for the same reason (-1 if T is 0)
+    # What ops derive from the batch once for all layers; `to` and `replace` start anew.
+    cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""

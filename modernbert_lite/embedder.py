@@ -46,6 +46,7 @@ class Embedder(Pipeline):
         self.similarity_fn_name = sentence.similarity_fn_name
         self.pooling = sentence.pooling or Pooling()
         self.normalizes = sentence.normalize
+        self.network = self.graphed(self.model, self._forward)
         self.dense = [Dense(checkpoint.root / path, self.device) for path in sentence.dense_paths]
         self.dimension = self.config.hidden_size * len(self.pooling.modes)
         for path, dense in zip(sentence.dense_paths, self.dense, strict=True):
@@ -53,6 +54,10 @@ class Embedder(Pipeline):
                 raise CheckpointError(f"{path}: in_features is {dense.in_features}; it gets {self.dimension}")
             self.dimension = dense.out_features
         self.truncate_dim = self._check_dim(truncate_dim)
+
+    def _forward(self, batch: PackedBatch, alone: bool) -> Tensor:
+        """Of every token, (T, C), or of those alone that the pooling takes, (B, C)."""
+        return self.model(batch, pooling.rows(batch, self.pooling.modes) if alone else None)
 
     def encode(
         self,
@@ -120,8 +125,11 @@ class Embedder(Pipeline):
         unit = normalize_embeddings or self.normalizes
         dim = self._check_dim(truncate_dim) or self.truncate_dim
 
+        alone = skip == 0 and self.pooling.modes in (("cls",), ("lasttoken",))  # then the network computes no other
+
         def forward(batch: PackedBatch) -> Tensor:
-            pooled = pooling.pool(self.model(batch), batch, self.pooling.modes, skip)
+            x = self.network(batch, alone)
+            pooled = x.float() if alone else pooling.pool(x, batch, self.pooling.modes, skip)
             return finish(pooled, self.dense, unit, dim).cpu()
 
         def texts() -> Iterator[str]:

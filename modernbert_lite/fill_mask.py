@@ -25,6 +25,8 @@ class FillMask(Pipeline):
         if "ForMaskedLM" not in architecture:
             raise CheckpointError(f"{checkpoint.root} holds a {architecture}; FillMask needs a ...ForMaskedLM")
         super().__init__(checkpoint, MaskedLM, **options)
+        encoder: Any = self.model.model
+        self.network = self.graphed(encoder)
         if self.tokenizer.mask_token is None:
             raise CheckpointError(f"the tokenizer in {checkpoint.folder} has no mask token")
         self.mask_token = self.tokenizer.mask_token
@@ -45,7 +47,7 @@ class FillMask(Pipeline):
         def forward(batch: PackedBatch) -> list[list[list[Prediction]]]:
             network: Any = self.model
             where = batch.input_ids.eq(self.tokenizer.mask_token_id or 0).nonzero().flatten()
-            hidden = network.model(batch)[where]  # the encoder once, the vocabulary's width in pieces
+            hidden = self.network(batch)[where]  # the encoder once, the vocabulary's width in pieces
             masks = [
                 [
                     {"token": self.tokenizer.decode(i), "token_id": i, "score": p}

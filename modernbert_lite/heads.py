@@ -56,8 +56,12 @@ class Classifier(nn.Module):
 class SequenceClassifier(Classifier):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (B, labels): pooled first (by the config's `classifier_pooling`), then head and classifier."""
-        x = self.model(batch)  # (T, C)
-        pooled = pooling.POOLING[self.config.classifier_pooling](x, batch).to(x.dtype)  # (B, C)
+        mode = self.config.classifier_pooling
+        if mode == "cls":
+            pooled = self.model(batch, pooling.rows(batch, ["cls"]))  # (B, C)
+        else:
+            x = self.model(batch)  # (T, C)
+            pooled = pooling.POOLING[mode](x, batch).to(x.dtype)
         return self.classifier(self.head(pooled))
 
 

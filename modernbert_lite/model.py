@@ -13,8 +13,6 @@ from . import ops
 from .batch import PackedBatch
 from .config import FULL, ModernBertConfig
 
-RopeTable = tuple[Tensor, Tensor]
-
 
 class ModernBert(nn.Module):
     """The encoder: packed token ids in, one vector a token out."""
@@ -26,23 +24,36 @@ class ModernBert(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = LayerNorm(config)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """(T, C), in the weights' dtype. Raises ValueError for ids outside the vocabulary."""
-        if not isinstance(batch, PackedBatch):
-            raise TypeError(f"the network takes a PackedBatch, not {type(batch).__name__}: see pack and from_padded")
-        if batch.max_id >= self.config.vocab_size:
-            raise ValueError(
-                f"token id {batch.max_id} is outside the vocabulary (ids 0 to {self.config.vocab_size - 1}); "
-                "was the text tokenized for another model?"
-            )
+    def forward(self, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
+        """(T, C), in the weights' dtype; or, of the tokens `rows` (B,), one in each sequence, (B, C): the last layer
+        then computes no more than they need. Raises ValueError for ids outside the vocabulary."""
+        check_batch(batch, self.config)
         config = self.config
-        full = ops.rope_table(config.full_rope, config.head_dim, batch.position_ids)
-        sliding = ops.rope_table(config.sliding_rope, config.head_dim, batch.position_ids)
+        full = ops.rotation(config.full_rope, config.head_dim, batch)
+        sliding = ops.rotation(config.sliding_rope, config.head_dim, batch)
 
         x = self.embeddings(batch.input_ids)  # (T, C)
-        for layer, kind in zip(self.layers, config.layer_types, strict=True):
+        *lower, last = zip(self.layers, config.layer_types, strict=True)
+        for layer, kind in lower:
             x = layer(x, batch, full if kind == FULL else sliding)
+        layer, kind = last
+        if kind == FULL:
+            x = layer(x, batch, full, rows)
+        else:
+            x = layer(x, batch, sliding)
+            x = x if rows is None else x[rows]
         return self.final_norm(x)
+
+
+def check_batch(batch: PackedBatch, config: ModernBertConfig) -> None:
+    """Raises TypeError for what is no batch, ValueError for ids outside the vocabulary."""
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(f"the network takes a PackedBatch, not {type(batch).__name__}: see pack and from_padded")
+    if batch.max_id >= config.vocab_size:
+        raise ValueError(
+            f"token id {batch.max_id} is outside the vocabulary (ids 0 to {config.vocab_size - 1}); "
+            "was the text tokenized for another model?"
+        )
 
 
 class Embeddings(nn.Module):
@@ -68,9 +79,10 @@ class Layer(nn.Module):
         self.mlp_norm = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, batch: PackedBatch, rope: RopeTable) -> Tensor:
+    def forward(self, x: Tensor, batch: PackedBatch, turn: ops.Rotation, rows: Tensor | None = None) -> Tensor:
         # The residual is added inside Wo, because fast backends fuse it: x + attn(..), x + mlp(..).
-        x = self.attn(self.attn_norm(x), batch, rope, residual=x)
+        normed = self.attn_norm(x)
+        x = self.attn(normed, batch, turn, x if rows is None else x[rows], rows)
         return self.mlp(self.mlp_norm(x), residual=x)
 
 
@@ -85,10 +97,20 @@ class Attention(nn.Module):
         self.Wqkv = Linear(C, 3 * C, bias=config.attention_bias)
         self.Wo = Linear(C, C, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, batch: PackedBatch, rope: RopeTable, residual: Tensor) -> Tensor:
-        qkv = self.Wqkv(x).view(-1, 3, self.heads, self.head_dim)  # (T, 3, H, D)
-        qkv = ops.rope_(qkv, *rope)
-        out = ops.attention(qkv, batch, self.window_size)  # (T, H, D)
+    def forward(
+        self, x: Tensor, batch: PackedBatch, turn: ops.Rotation, residual: Tensor, rows: Tensor | None
+    ) -> Tensor:
+        if rows is None:
+            qkv = self.Wqkv(x).view(-1, 3, self.heads, self.head_dim)  # (T, 3, H, D)
+            qkv = ops.rope_(qkv, *turn)
+            out = ops.attention(qkv, batch, self.window_size)  # (T, H, D)
+        else:  # one token of each sequence asks, all of them answer
+            C = len(self.Wqkv.weight) // 3
+            q = ops.linear_part(x[rows], self.Wqkv.weight, self.Wqkv.bias, slice(0, C))
+            kv = ops.linear_part(x, self.Wqkv.weight, self.Wqkv.bias, slice(C, None))
+            q = ops.rope_(q.view(-1, 1, self.heads, self.head_dim), *ops.rotation_at(turn, rows))  # (B, 1, H, D)
+            kv = ops.rope_(kv.view(-1, 2, self.heads, self.head_dim), *turn)  # (T, 2, H, D)
+            out = ops.row_attention(q[:, 0], kv, batch)  # (B, H, D)
         return self.Wo(out.flatten(1), residual)
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from itertools import groupby
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,18 @@ from torch import Tensor
 from .batch import PackedBatch
 from .config import Rope
 
-OPS = ("linear", "layer_norm", "rope", "attention", "geglu")
+P = ParamSpec("P")
+OPS = ("linear", "layer_norm", "rope", "attention", "geglu", "pooling")
 BACKENDS = ("auto", "torch", "triton", "onednn")
-# The fast implementations beside the reference, by op. Triton is taken on request only, until it is chosen by
-# measurements on real cards.
-_FAST = {"attention": ("onednn",), "geglu": ("triton",), "linear": ("onednn",)}
+# The fast implementations beside the reference, by op: onednn in cpu.py, triton in gpu.py.
+_FAST = {
+    "attention": ("onednn", "triton"),
+    "geglu": ("triton",),
+    "layer_norm": ("triton",),
+    "linear": ("onednn",),
+    "pooling": ("triton",),
+    "rope": ("triton",),
+}
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # exact, by erf
@@ -38,32 +45,27 @@ def backend(op: str, x: Tensor) -> str:
     """The backend that runs `op` on `x`: by its device, dtype and what the machine can do, or as
     MODERNBERT_LITE_BACKEND says, where the op has that backend for such a tensor ("onednn" stands for everything in
     cpu.py, which is fp32 only). Raises ValueError for an unknown name there."""
+    return _choose(op, x.device, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
     wanted = os.environ.get("MODERNBERT_LITE_BACKEND", "auto")
     if wanted not in BACKENDS:
         raise ValueError(f"MODERNBERT_LITE_BACKEND is {wanted!r}; it must be one of {', '.join(BACKENDS)}")
     fast = _FAST.get(op, ())
-    if "onednn" in fast and wanted in ("auto", "onednn") and x.device.type == "cpu" and x.dtype == torch.float32:
+    if "onednn" in fast and wanted in ("auto", "onednn") and device.type == "cpu" and dtype == torch.float32:
         from . import cpu
 
         if op != "linear" or (cpu.onednn_works() if wanted == "onednn" else cpu.onednn_is_faster()):
             return "onednn"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if "triton" in fast and wanted == "triton" and (x.is_cuda or interpreted) and _triton_works(x.device):
-        return "triton"
+    interpreted = wanted == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if "triton" in fast and wanted in ("auto", "triton") and (device.type == "cuda" or interpreted):
+        from . import gpu
+
+        if dtype in gpu.DTYPES and gpu.works(device):
+            return "triton"
     return "torch"
-
-
-@functools.cache
-def _triton_works(device: torch.device) -> bool:
-    """Runs a kernel once: triton may be missing, or the C compiler that it needs."""
-    try:
-        from .kernels import geglu as kernel
-
-        one = torch.ones(1, 1, device=device)
-        return bool(torch.isfinite(kernel.geglu(one, one, "gelu")).all())
-    except Exception as error:  # noqa: BLE001  triton raises errors of many kinds; none of them need stop the work
-        warnings.warn(f"triton can't be used here ({error}); using torch", stacklevel=2)
-        return False
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -72,14 +74,23 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """x (T, K) @ weight (M, K)^T + bias (M,) + residual (T, M) -> (T, M)."""
+    """x (T, K) @ weight (M, K)^T + bias (M,) + residual (T, M) -> (T, M). In inference the result may be written over
+    residual, which the caller must not use again."""
     if backend("linear", x) == "onednn":
         from . import cpu
 
         if cpu.can_multiply(x, weight):
             return cpu.linear(x, weight, bias, residual)
+    if residual is not None and bias is None and _can_accumulate(x, weight, residual):
+        # The matrix product adds it on its way out, and rounds once: 6 bytes a number less than an addition after it.
+        return residual.addmm_(x, weight.t())
     y = F.linear(x, weight, bias)
     return y if residual is None else residual + y
+
+
+def linear_part(x: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
+    """Some columns of `linear`'s result: x (T, K) @ weight[part]^T + bias[part]."""
+    return F.linear(x, weight[part], None if bias is None else bias[part])
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
@@ -89,27 +100,55 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Te
 
         if cpu.can_multiply(x, weight):
             return cpu.gelu_linear(x, weight, bias)
-    activated, gate = linear(x, weight, bias).chunk(2, dim=-1)
+    y = linear(x, weight, bias)
+    if act in ("gelu", "silu") and backend("geglu", y) == "triton":
+        from . import gpu
+
+        return gpu.geglu(y, act)
+    activated, gate = y.chunk(2, dim=-1)
     return geglu(activated, gate, act)
+
+
+def _can_accumulate(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
+    """On a GPU, where nothing tracks the residual and no autocast stands between the dtypes."""
+    if not x.is_cuda or not x.dtype == weight.dtype == residual.dtype or torch.is_autocast_enabled():
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or residual.requires_grad))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """(T, C) -> (T, C), statistics over C; weight and bias (C,)."""
+    if x.dim() == 2 and backend("layer_norm", x) == "triton":
+        from . import gpu
+
+        # With a gradient torch's own, whose backward pass is hard to beat at these widths (gpu-kernels: Liger's loses).
+        if not gpu.wants_gradient(x, weight, bias) and not torch.is_autocast_enabled():
+            return gpu.layer_norm(x, weight, bias, eps)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def geglu(activated: Tensor, gate: Tensor, act: str) -> Tensor:
     """act(activated) * gate, both (T, N), usually the two halves of one (T, 2N): ModernBERT activates the first."""
-    tracked = torch.is_grad_enabled() and (activated.requires_grad or gate.requires_grad)  # the kernel has no backward
-    if backend("geglu", activated) == "triton" and act in ("gelu", "silu") and not tracked:
-        from .kernels import geglu as kernel
-
-        return kernel.geglu(activated, gate, act)
     return activation(act)(activated) * gate
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a cached tensor may meet autograd later
+def _cached(size: int | None) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Keeps the tensors that a function made, out of inference mode: a cached tensor may meet autograd later. While
+    torch.compile traces it is called as it is."""
+
+    def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        kept: Any = functools.lru_cache(maxsize=size)(torch.inference_mode(False)(function))
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            return (function if torch.compiler.is_compiling() else kept)(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+@_cached(64)
 def _inverse_frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
     """(D / 2,) fp32: theta^(-2j/D), stretched as `rope.type` says (yarn: arXiv 2309.00071, section 3.2)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
@@ -138,13 +177,44 @@ def rope_table(rope: Rope, head_dim: int, position_ids: Tensor) -> tuple[Tensor,
     return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
 
 
-def rope_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates q and k of qkv (T, 3, H, D) in place and returns it; cos and sin (T, D / 2) fp32; v stays.
+Rotation = tuple[Tensor, Tensor, "Tensor | None"]
 
-    Split halves (NeoX): pair j is (x[j], x[j + D/2]) -> (x1 cos - x2 sin, x2 cos + x1 sin), computed in fp32.
+
+def rotation(rope: Rope, head_dim: int, batch: PackedBatch) -> Rotation:
+    """What `rope_` needs for the batch: cos and sin of each token, or of each position and every token's position."""
+    ids = batch.position_ids
+    if _choose("rope", ids.device, torch.float32) != "triton" or torch.compiler.is_compiling():
+        return *rope_table(rope, head_dim, ids), None
+    cos, sin = _position_table(rope, head_dim, ids.device, max(512, 1 << (batch.max_seqlen - 1).bit_length()))
+    return cos, sin, ids
+
+
+@_cached(None)  # never let go: a captured graph may read it
+def _position_table(rope: Rope, head_dim: int, device: torch.device, positions: int) -> Tensor:
+    """(2, positions, D / 2): cos and sin of the positions from 0 on."""
+    return torch.stack(rope_table(rope, head_dim, torch.arange(positions, device=device)))
+
+
+def rotation_at(turn: Rotation, rows: Tensor) -> Rotation:
+    """The rotation of the tokens `rows`."""
+    cos, sin, position_ids = turn
+    return (cos[rows], sin[rows], None) if position_ids is None else (cos, sin, position_ids[rows])
+
+
+def rope_(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Rotates q and k of qkv (T, 3, H, D) in place and returns it; v stays. Also k of kv (T, 2, H, D), q (T, 1, H, D).
+
+    cos, sin (T, D / 2) fp32; with position_ids (T,), (P, D / 2), a row a position. Split halves (NeoX): pair j is
+    (x[j], x[j + D/2]) -> (x1 cos - x2 sin, x2 cos + x1 sin), computed in fp32.
     """
-    half = qkv.shape[-1] // 2
-    first, second = qkv[:, :2, :, :half], qkv[:, :2, :, half:]  # (T, 2, H, D / 2)
+    if backend("rope", qkv) == "triton":
+        from . import gpu
+
+        return gpu.rope_(qkv, cos, sin, position_ids)
+    if position_ids is not None:
+        cos, sin = cos[position_ids], sin[position_ids]
+    half, turned = qkv.shape[-1] // 2, max(1, qkv.shape[1] - 1)
+    first, second = qkv[:, :turned, :, :half], qkv[:, :turned, :, half:]  # (T, 2, H, D / 2)
     cos, sin = cos[:, None, None], sin[:, None, None]
     x1, x2 = first.float(), second.float()  # the same memory in fp32, copies otherwise
     x1_sin = x1 * sin
@@ -165,9 +235,18 @@ def attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int] = (-
     Token i sees the tokens from i - left to i + right of its own sequence, inclusive; -1 is unlimited. A local
     window costs O(T * window): blocks of queries meet only the keys that they can see.
     """
+    if backend("attention", qkv) == "triton":
+        from . import gpu
+
+        if gpu.wants_gradient(qkv):
+            out = gpu.varlen_attention(qkv, batch, window_size)
+            if out is not None:
+                return out
+        elif gpu.can_attend(qkv):
+            return gpu.attention(qkv, batch, window_size)
     left, right = window_size
     out = torch.empty_like(qkv[:, 0])
-    for start, count, length in _runs(batch.seqlens):
+    for start, count, length in _runs(batch.seqlens, len(qkv)):
         span = slice(start, start + count * length)
         q, k, v = (x.transpose(1, 2) for x in qkv[span].unflatten(0, (count, length)).unbind(2))  # (n, H, S, D)
         to = out[span].unflatten(0, (count, length)).transpose(1, 2)
@@ -184,6 +263,24 @@ def attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int] = (-
     return out
 
 
+def row_attention(q: Tensor, kv: Tensor, batch: PackedBatch) -> Tensor:
+    """One query a sequence, over all its tokens: q (B, H, D), kv (T, 2, H, D) -> (B, H, D), scaled by D^-0.5.
+
+    No sequence may be empty.
+    """
+    if backend("attention", q) == "triton":
+        from . import gpu
+
+        if gpu.can_attend(q) and not gpu.wants_gradient(q, kv):
+            return gpu.row_attention(q, kv, batch)
+    out, b = torch.empty_like(q), 0
+    for start, count, length in _runs(batch.seqlens, len(kv)):
+        k, v = (x.transpose(1, 2) for x in kv[start : start + count * length].unflatten(0, (count, length)).unbind(2))
+        out[b : b + count] = F.scaled_dot_product_attention(q[b : b + count, :, None], k, v)[:, :, 0]
+        b += count
+    return out
+
+
 def _block_attention(qkv: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     if backend("attention", qkv) == "onednn":
         from . import cpu
@@ -192,8 +289,10 @@ def _block_attention(qkv: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], 
     return F.scaled_dot_product_attention
 
 
-def _runs(seqlens: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+def _runs(seqlens: tuple[int, ...], T: int) -> Iterator[tuple[int, int, int]]:
     """Neighbours of equal length, to share a call: [5, 5, 2] -> (start 0, count 2, length 5), (10, 1, 2)."""
+    if sum(seqlens) != T:
+        raise ValueError(f"the batch's seqlens add up to {sum(seqlens)}; the tensor has {T} tokens")
     start = 0
     for length, group in groupby(seqlens):
         count = sum(1 for _ in group)
@@ -202,8 +301,7 @@ def _runs(seqlens: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
         start += count * length
 
 
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)  # a cached tensor may meet autograd later
+@_cached(256)
 def _window_mask(
     queries: int, keys: int, offset: int, left: int, right: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

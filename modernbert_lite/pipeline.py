@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .batch import DEFAULT_BATCH_TOKENS, PackedBatch, pack, plan_batches
 from .config import ModernBertConfig, read_config
+from .graphs import MAX_TOKENS, Graphed
 from .st_config import SentenceConfig, length_limit, read_sentence_config
 from .tokenizer import Text, Tokenizer
 from .weights import find_checkpoint, load_weights, network_folder
@@ -64,11 +65,13 @@ class Pipeline:
         max_seq_length: int | None = None,
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
         on_long: str = "truncate",
+        cuda_graphs: bool = True,
         **own: Any,
     ) -> P:
         """path_or_id: a folder, a hub id, or "tiny", the bundled embedding model. device, dtype, revision, token,
         local_files_only: as in `load_model`. max_seq_length: tokens, instead of the repository's limit. batch_tokens:
-        the most tokens in a batch. on_long: "truncate" or "error" for texts over max_seq_length.
+        the most tokens in a batch. on_long: "truncate" or "error" for texts over max_seq_length. cuda_graphs: on CUDA,
+        replay small batches from captured graphs (also off by MODERNBERT_LITE_CUDA_GRAPHS=0).
 
         Raises CheckpointError for a checkpoint that is missing, damaged, unsupported, or another class's: it names it.
         """
@@ -88,6 +91,7 @@ class Pipeline:
             max_seq_length=max_seq_length,
             batch_tokens=batch_tokens,
             on_long=on_long,
+            cuda_graphs=cuda_graphs,
             **own,
         )
 
@@ -101,6 +105,7 @@ class Pipeline:
         max_seq_length: int | None,
         batch_tokens: int,
         on_long: str,
+        cuda_graphs: bool,
     ):
         if on_long not in ON_LONG:
             raise ValueError(f"on_long is {on_long!r}; it must be one of {', '.join(ON_LONG)}")
@@ -114,6 +119,7 @@ class Pipeline:
         self.on_long = on_long
         self.tokenizer = Tokenizer(checkpoint.folder, self.max_seq_length, checkpoint.sentence.lower_case)
         self.model = load_weights(network, config, checkpoint.folder, device=device, dtype=dtype)
+        self.max_graph_tokens = MAX_TOKENS if cuda_graphs else 0
 
     @classmethod
     def check(cls, checkpoint: object) -> None:
@@ -128,6 +134,10 @@ class Pipeline:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.model.parameters()).device
+
+    def graphed(self, network: Any, forward: Callable[..., Tensor] | None = None) -> Graphed:
+        """The network, or a function of it, to be called on batches: by CUDA graphs where they pay."""
+        return Graphed(network, forward, max_tokens=self.max_graph_tokens)
 
     def run(
         self,

@@ -10,25 +10,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from .batch import PackedBatch
 
 PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
 
 
+_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cls": lambda cu_seqlens: cu_seqlens[:-1],
+    "lasttoken": lambda cu_seqlens: cu_seqlens[1:] - 1,
+}
+
+
 def cls(x: Tensor, batch: PackedBatch) -> Tensor:
     """The first token of each sequence: (T, C) -> (B, C)."""
     _no_empty(batch, "cls")
-    return x[batch.cu_seqlens[:-1].long()]
+    return x[_ROWS["cls"](batch.cu_seqlens.long())]
 
 
 def lasttoken(x: Tensor, batch: PackedBatch) -> Tensor:
     """The last token of each sequence: (T, C) -> (B, C)."""
     _no_empty(batch, "lasttoken")
-    return x[batch.cu_seqlens[1:].long() - 1]
+    return x[_ROWS["lasttoken"](batch.cu_seqlens.long())]
 
 
 def mean(x: Tensor, batch: PackedBatch) -> Tensor:
     """(T, C) -> (B, C) fp32; zeros for an empty sequence."""
+    if x.dim() == 2 and ops.backend("pooling", x) == "triton":
+        from . import gpu
+
+        return gpu.mean_pool(x, batch)
     return _sum(x, batch) / _lengths(batch).clamp(min=1)
 
 
@@ -58,6 +69,14 @@ POOLING: dict[str, Callable[[Tensor, PackedBatch], Tensor]] = {
     "weightedmean": weightedmean,
     "lasttoken": lasttoken,
 }
+
+
+def rows(batch: PackedBatch, modes: Sequence[str]) -> Tensor | None:
+    """The tokens (B,) that the pooling takes, where it takes one of each sequence: the network need give no other."""
+    if len(modes) != 1 or modes[0] not in _ROWS:
+        return None
+    _no_empty(batch, modes[0])
+    return _ROWS[modes[0]](batch.cu_seqlens.long())
 
 
 def pool(x: Tensor, batch: PackedBatch, modes: Sequence[str], skip: int = 0) -> Tensor:

@@ -28,6 +28,7 @@ class Reranker(Pipeline):
             right = {"ModernBertModel": "Embedder", "ModernBertForMaskedLM": "FillMask"}.get(architecture, "load_model")
             raise CheckpointError(f"{checkpoint.root} holds a {architecture}, no reranker: use {right} for it")
         super().__init__(checkpoint, SequenceClassifier, **options)
+        self.network = self.graphed(self.model)
         self.labels = self.config.labels
         named = checkpoint.sentence.activation_fn or self.config.activation_fn
         self.activation_fn = score_activation(named or ("Sigmoid" if len(self.labels) == 1 else "Identity"))
@@ -52,7 +53,7 @@ class Reranker(Pipeline):
         activate = activate or self.activation_fn
 
         def forward(batch: PackedBatch) -> Tensor:
-            scores = activate(self.model(batch).float())
+            scores = activate(self.network(batch).float())
             if len(self.labels) == 1:
                 return scores.squeeze(-1).cpu()
             return (torch.softmax(scores, -1) if apply_softmax else scores).cpu()

@@ -1,0 +1,169 @@
+"""The Triton kernels behind `ops`, on CUDA and HIP devices (or, for tests, in Triton's interpreter).
+
+Called directly in inference; through torch.library's operators while torch.compile or torch.export traces, or where a
+gradient is asked for. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import PackedBatch
+
+NARROW = 64  # up to this length of the longest sequence all tiles are narrow
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def works(device: torch.device) -> bool:
+    """Whether Triton runs on this device: it may be missing, or the C compiler that it needs. Tried once, with one
+    warning if it fails."""
+    try:
+        from .kernels import geglu
+
+        one = torch.ones(1, 1, device=device)
+        return bool(torch.isfinite(geglu.geglu(one, one, "gelu")).all())
+    except Exception as error:  # noqa: BLE001  triton raises errors of many kinds; none of them need stop the work
+        why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        warnings.warn(f"triton can't be used here ({why}); using torch, which is slower", stacklevel=2)
+        return False
+
+
+@torch.compiler.assume_constant_result
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether Triton's products use them: before NVIDIA's Ampere (V100, T4) they would be done one number at a time,
+    and torch's own attention is the faster one. True for AMD's cards and the interpreter."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether an operator must stand for the kernel: for a tracer, or for a gradient."""
+    return torch.compiler.is_compiling() or wants_gradient(*tensors)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> Tensor:
+    from .kernels import rope as kernel
+
+    if wants_gradient(x):
+        return kernel.rope_op(x, cos, sin, position_ids, False)
+    if torch.compiler.is_compiling():
+        kernel.rope_inplace_op(x, cos, sin, position_ids)
+        return x
+    return kernel.rope_(x, cos, sin, position_ids)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    from .kernels import layer_norm as kernel
+
+    norm: Any = kernel.layer_norm_op if torch.compiler.is_compiling() else kernel.layer_norm
+    return norm(x, weight, bias, eps)
+
+
+def geglu(x: Tensor, act: str) -> Tensor:
+    """(T, 2N) -> act(first half) * second half."""
+    from .kernels import geglu as kernel
+
+    if traced(x):
+        return kernel.geglu_op(x, act, False)
+    activated, gate = x.chunk(2, dim=-1)
+    return kernel.geglu(activated, gate, act)
+
+
+def can_attend(qkv: Tensor) -> bool:
+    """Whether the kernel takes these heads on this device."""
+    from .kernels import attention as kernel
+
+    return qkv.shape[-1] in kernel.HEAD_DIMS and has_matrix_units(qkv.device)
+
+
+def attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int]) -> Tensor:
+    from .kernels import attention as kernel
+
+    left, right = window_size
+    block = kernel.block_m(batch.max_seqlen, qkv.dtype, left >= 0 or right >= 0)
+    if traced(qkv):
+        table = kernel.device_tiles(batch.cu_seqlens, len(qkv) // block + len(batch.cu_seqlens) - 1, block)
+        return kernel.attention_op(qkv, batch.cu_seqlens, table, block, left, right)
+    return kernel.attention(qkv, batch.cu_seqlens, window_size, tile_table=tile_table(batch, block), block=block)
+
+
+def blocks(max_seqlen: int, dtype: torch.dtype) -> set[int]:
+    """Queries a tile, of all the tables that a forward pass asks for."""
+    from .kernels import attention as kernel
+
+    return {kernel.block_m(max_seqlen, dtype, local) for local in (True, False)}
+
+
+def tile_table(batch: PackedBatch, block: int) -> Tensor:
+    """The batch's tiles of `block` queries, on its device: made once, from the lengths on the host."""
+    from .kernels import attention as kernel
+
+    key = ("tiles", block)
+    if key not in batch.cache:
+        host = kernel.tiles(batch.seqlens, block)
+        batch.cache[key] = host.to(batch.cu_seqlens.device, non_blocking=True)
+    return batch.cache[key]
+
+
+def padded_tile_table(seqlens: Sequence[int], block: int, tokens: int, count: int) -> Tensor:
+    """(count, 4) on the host: the tiles of the sequences, then of the tokens up to `tokens` that no sequence has, which
+    meet no key and become zeros, then empty ones."""
+    from .kernels import attention as kernel
+
+    known = kernel.tiles(seqlens, block)
+    rest = [(row, tokens, 0, 0) for row in range(sum(seqlens), tokens, block)]
+    rest += [(0, 0, 0, 0)] * (count - len(known) - len(rest))
+    return torch.cat([known, torch.tensor(rest, dtype=torch.int32).view(-1, 4)])
+
+
+def row_attention(q: Tensor, kv: Tensor, batch: PackedBatch) -> Tensor:
+    from .kernels import attention as kernel
+
+    attend: Any = kernel.row_attention_op if torch.compiler.is_compiling() else kernel.row_attention
+    return attend(q, kv, batch.cu_seqlens)
+
+
+def varlen_attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int]) -> Tensor | None:
+    """torch's own attention over packed sequences, which has a gradient; None where this torch or card has none."""
+    half = qkv.dtype in (torch.bfloat16, torch.float16)
+    if not half or not qkv.is_cuda or not has_matrix_units(qkv.device) or not has_varlen_attn():
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = qkv.unbind(1)
+    cu, longest = batch.cu_seqlens, batch.max_seqlen
+    out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window_size)
+    return out
+
+
+@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result
+def has_varlen_attn() -> bool:
+    """Whether this torch has it, with windows (2.11 on)."""
+    return _has_varlen_attn()
+
+
+@functools.cache
+def _has_varlen_attn() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor:
+    from .kernels import pooling as kernel
+
+    return kernel.pool_op(x, batch.cu_seqlens, "mean") if traced(x) else kernel.pool(x, batch.cu_seqlens, "mean")

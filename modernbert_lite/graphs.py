@@ -1,0 +1,197 @@
+"""CUDA graphs for small batches. A forward pass is some 200 launches, and below about 4,000 tokens the host takes
+longer over them than the card over the work; a graph launches them all at once.
+
+A graph is of fixed shapes, so a batch is put into one a little larger: a bucket of (tokens, sequences, whether any
+sequence needs wide tiles). What is added changes nothing: tokens that belong to no sequence, sequences without tokens,
+tiles without queries.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import gpu, ops
+from .batch import PackedBatch
+from .model import check_batch
+
+MAX_TOKENS = 4096
+MAX_GRAPHS = 32
+_SWITCH = "MODERNBERT_LITE_CUDA_GRAPHS"
+
+Forward = Callable[..., Tensor]
+Key = tuple[Hashable, ...]
+
+
+def bucket_of(tokens: int, sequences: int) -> tuple[int, int]:
+    """The shapes that stand for these, never fewer: tokens in steps of at most a quarter, sequences by powers of two,
+    and more tokens than sequences, so that a result's length tells of which it is.
+
+    (20, 1) -> (32, 1), (130, 3) -> (160, 4), (1100, 40) -> (1280, 64), (64, 64) -> (80, 64)
+    """
+    several = 1 << (sequences - 1).bit_length()
+    room = max(tokens, several + 1, 32)
+    step = max(8, 1 << (room - 1).bit_length() - 3)
+    return -(-room // step) * step, several
+
+
+class Graphed:
+    """`forward` of a network, replayed from CUDA graphs where that is faster and the same; called as it is elsewhere.
+
+    network: its `config` has vocab_size; its weights may be written to or replaced, its modules may not.
+    forward: called with a PackedBatch and hashable arguments, gives a tensor of a row a token or a row a sequence;
+    default: the network itself. Batches of up to max_tokens are captured when their bucket is seen for the second time;
+    at most max_graphs are kept, those used last, and all share one memory pool. Results are copies. Threads may call
+    it; they take turns. MODERNBERT_LITE_CUDA_GRAPHS=0 turns it off.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        forward: Forward | None = None,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        max_graphs: int = MAX_GRAPHS,
+    ):
+        self.forward: Forward = network if forward is None else forward
+        self.max_tokens, self.max_graphs = max_tokens, max_graphs
+        self.config: Any = network.config
+        # Walking the modules takes longer than a small pass, so only once.
+        self._weights: list[tuple[Any, str]] = [
+            (module._parameters, name)
+            for module in network.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self._addresses: tuple[int, ...] = ()
+        self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
+        self._seen: Counter[Key] = Counter()
+        self._lock = threading.Lock()
+        self._pool: Any = None
+
+    def __call__(self, batch: PackedBatch, *arguments: Hashable) -> Tensor:
+        """forward(batch, *arguments), with its errors."""
+        if not self._applies(batch):
+            return self.forward(batch, *arguments)
+        check_batch(batch, self.config)  # a replay runs no Python
+        with self._lock:
+            addresses = tuple(weight.data_ptr() for weight in self._tensors())
+            if addresses != self._addresses:  # other weights: a graph would read the old ones
+                self._graphs.clear()
+                self._addresses = addresses
+            graph = self._find(batch, arguments)
+            if graph is not None:
+                return graph(batch)
+        return self.forward(batch, *arguments)
+
+    def _applies(self, batch: PackedBatch) -> bool:
+        if not isinstance(batch, PackedBatch) or os.environ.get(_SWITCH, "1") == "0":
+            return False
+        weight = next(self._tensors())
+        if not 0 < len(batch.input_ids) <= self.max_tokens or 0 in batch.seqlens or not _can_capture(weight.device):
+            return False
+        if torch.is_autocast_enabled() or gpu.wants_gradient(*self._tensors()):
+            return False
+        # Other backends ask the host for lengths, and a replay has no host.
+        head = torch.empty((0, self.config.head_dim), device=weight.device, dtype=weight.dtype)
+        return ops.backend("attention", weight) == "triton" and gpu.can_attend(head)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (parameters[name] for parameters, name in self._weights)
+
+    def _find(self, batch: PackedBatch, arguments: tuple[Hashable, ...]) -> _Graph | None:
+        tokens, sequences = bucket_of(len(batch.input_ids), len(batch.seqlens))
+        wide = batch.max_seqlen > gpu.NARROW
+        key = (tokens, sequences, wide, arguments, os.environ.get("MODERNBERT_LITE_BACKEND"))
+        if key not in self._graphs:
+            self._seen[key] += 1
+            if self._seen[key] < 2:  # it may never come again
+                return None
+            while len(self._graphs) >= self.max_graphs:
+                self._graphs.popitem(last=False)
+            try:
+                if self._pool is None and batch.input_ids.is_cuda:
+                    self._pool = torch.cuda.graph_pool_handle()
+                static = _static_batch(batch, tokens, sequences, wide, next(self._tensors()).dtype)
+                _fill(static, batch)  # the capture runs it: on real tokens, not on what memory holds
+                self._graphs[key] = _Graph(static, lambda: self.forward(static, *arguments), self._pool)
+            except RuntimeError as error:  # also when memory runs out
+                self.max_tokens = 0
+                warnings.warn(f"no CUDA graphs here ({str(error).splitlines()[0]}); going on without", stacklevel=3)
+                return None
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
+
+
+class _Graph:
+    """One captured pass over a static batch."""
+
+    def __init__(self, static: PackedBatch, run: Callable[[], Tensor], pool: Any):
+        self.static = static
+        self.replay, self.output = _capture(run, static.input_ids.device, pool)
+        self.done: Any = torch.cuda.Event() if static.input_ids.is_cuda else None
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        if self.done is not None:  # another stream's replay may still read the inputs
+            torch.cuda.current_stream(self.output.device).wait_event(self.done)
+        _fill(self.static, batch)
+        self.replay()
+        per_token = len(self.output) == len(self.static.input_ids)
+        result = self.output[: len(batch.input_ids) if per_token else len(batch.seqlens)].clone()
+        if self.done is not None:
+            self.done.record(torch.cuda.current_stream(self.output.device))
+        return result
+
+
+@torch.inference_mode(False)  # written to later, in or out of inference mode
+def _static_batch(like: PackedBatch, tokens: int, sequences: int, wide: bool, dtype: torch.dtype) -> PackedBatch:
+    """An empty batch of the bucket's shapes. Its lengths are not on the host: what asks for them can't be captured."""
+    static = PackedBatch(
+        input_ids=like.input_ids.new_zeros(tokens),
+        cu_seqlens=like.cu_seqlens.new_zeros(sequences + 1),
+        max_seqlen=tokens if wide else gpu.NARROW,
+        position_ids=like.position_ids.new_zeros(tokens),
+        seqlens=(),
+        max_id=0,
+    )
+    for block in gpu.blocks(static.max_seqlen, dtype):
+        static.cache["tiles", block] = like.cu_seqlens.new_zeros((tokens // block + sequences + 1, 4))
+    return static
+
+
+def _fill(static: PackedBatch, batch: PackedBatch) -> None:
+    T, B = len(batch.input_ids), len(batch.seqlens)
+    # The tail of ids and positions keeps what it had: valid ones, of tokens that no sequence has.
+    static.input_ids[:T].copy_(batch.input_ids)
+    static.position_ids[:T].copy_(batch.position_ids)
+    static.cu_seqlens[: B + 1].copy_(batch.cu_seqlens)
+    static.cu_seqlens[B + 1 :].fill_(T)
+    for (_, block), table in static.cache.items():
+        host = gpu.padded_tile_table(batch.seqlens, block, len(static.input_ids), len(table))
+        table.copy_(host, non_blocking=True)
+
+
+def _can_capture(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing() and not torch.compiler.is_compiling()
+
+
+def _capture(run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Callable[[], None], Tensor]:
+    """What replays `run`, and the tensor that it then fills."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles kernels, makes tables and workspaces: none of that may happen in a capture
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            output = run()
+    return graph.replay, output

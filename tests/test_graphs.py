@@ -1,0 +1,309 @@
+"""CUDA graphs: buckets, padding and replay. Without a GPU a capture is stood in for by one that runs the same function
+on the same static batch again, with Triton's kernels interpreted; the tests marked gpu capture for real."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+import modernbert_lite as ml
+from modernbert_lite import graphs, ops, pooling
+from modernbert_lite.model import ModernBert
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Counts captures; on the CPU it also replaces them."""
+    made = []
+    real = graphs._capture
+
+    def capture(run, device, pool):
+        made.append(device)
+        if not INTERPRETED:
+            return real(run, device, pool)
+        output = run()
+        return lambda: output.copy_(run()), output
+
+    monkeypatch.setattr(graphs, "_capture", capture)
+    if INTERPRETED:
+        monkeypatch.setattr(graphs, "_can_capture", lambda device: True)
+        monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
+        # Padding is a matter of attention's tiles alone: the other kernels would only cost the interpreter's time.
+        monkeypatch.setattr(ops, "_FAST", {"attention": ("triton",)})
+    return made
+
+
+def small_model(layers: int = 3, seed: int = 0, heads: int = 1) -> ModernBert:
+    torch.manual_seed(seed)
+    config = ml.ModernBertConfig(
+        vocab_size=200,
+        hidden_size=32 * heads,
+        intermediate_size=48,
+        num_attention_heads=heads,
+        layer_types=tuple("full_attention" if i % 2 == 0 else "sliding_attention" for i in range(layers)),
+    )
+    model = ModernBert(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.to(DEVICE).eval().requires_grad_(False)
+
+
+def batch_of(*lengths: int, seed: int = 0) -> ml.PackedBatch:
+    generator = torch.Generator().manual_seed(seed + sum(lengths))
+    return ml.pack([torch.randint(0, 200, (n,), generator=generator) for n in lengths], DEVICE)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3, 5, 8, 33, 64, 100])
+def test_buckets_hold_their_batch_and_waste_little(sequences):
+    for tokens in range(sequences, 4200, 7):
+        wide, several = graphs.bucket_of(tokens, sequences)
+        assert several >= sequences
+        assert several & (several - 1) == 0
+        assert wide >= tokens
+        assert wide > several
+        assert wide <= max(32, tokens * 1.25 + 8, (several + 1) * 1.25 + 8)
+        assert graphs.bucket_of(wide, several) == (wide, several)
+
+
+def test_there_are_few_buckets():
+    assert len({graphs.bucket_of(tokens, 1) for tokens in range(1, graphs.MAX_TOKENS + 1)}) <= 40
+
+
+@pytest.mark.parametrize("lengths", [(20,), (1,), (3, 30), (64, 1, 2), (65, 3), (130, 5, 9), (5,) * 12])
+def test_a_replay_equals_the_eager_result(captures, lengths):
+    model = small_model()
+    graphed = graphs.Graphed(model)
+    eager = [model(batch_of(*lengths, seed=seed)) for seed in range(4)]
+    with torch.inference_mode():
+        got = [graphed(batch_of(*lengths, seed=seed)) for seed in range(4)]
+    assert len(captures) == 1
+    for a, b in zip(got, eager, strict=True):
+        assert difference(a, b) <= 1e-5
+    assert difference(eager[0], eager[1]) > 1e-2
+
+
+def test_batches_of_one_bucket_leave_nothing_behind(captures):
+    """More tokens, fewer, more sequences, fewer: what an earlier batch left in the static tensors never counts."""
+    model = small_model(2)
+    graphed = graphs.Graphed(model)
+    order = [(60, 60, 7), (110,), (30, 30, 30, 30), (97, 8, 7, 2), (100, 3, 1), (113,)]
+    for turn in range(3):
+        for lengths in order:
+            batch = batch_of(*lengths, seed=turn)
+            assert difference(graphed(batch), model(batch)) <= 1e-5, (turn, lengths)
+    assert 1 <= len(captures) <= len(order)
+
+
+def test_a_row_a_sequence(captures):
+    model = small_model()
+    graphed = graphs.Graphed(model, lambda batch, mode: model(batch, pooling.rows(batch, [mode])))
+    for mode in ("cls", "lasttoken"):
+        for seed in range(3):
+            batch = batch_of(7, 70, 2, seed=seed)
+            expected = model(batch)[pooling.rows(batch, [mode])]
+            assert difference(graphed(batch, mode), expected) <= 1e-5
+    assert len(captures) == 2  # one for each argument
+
+
+def test_the_first_batch_of_a_bucket_is_not_captured(captures):
+    graphed = graphs.Graphed(small_model())
+    graphed(batch_of(20))
+    graphed(batch_of(300))
+    assert captures == []
+    graphed(batch_of(21))
+    assert len(captures) == 1
+
+
+def test_results_are_copies(captures):
+    graphed = graphs.Graphed(small_model())
+    first, second, third = (graphed(batch_of(20, seed=seed)) for seed in range(3))
+    kept = second.clone()
+    graphed(batch_of(20, seed=9))
+    assert torch.equal(second, kept)
+    third.zero_()
+    assert difference(graphed(batch_of(20, seed=0)), first) <= 1e-5
+
+
+def test_no_more_graphs_than_allowed_the_oldest_goes(captures):
+    graphed = graphs.Graphed(small_model(1), max_graphs=2)
+    for length in (20, 40, 60):
+        for _ in range(2):
+            graphed(batch_of(length))
+    assert len(captures) == 3
+    assert len(graphed._graphs) == 2
+    graphed(batch_of(60))
+    graphed(batch_of(40))
+    assert len(captures) == 3
+    graphed(batch_of(20))
+    assert len(captures) == 4
+
+
+def test_large_batches_run_as_they_are(captures):
+    graphed = graphs.Graphed(small_model(1), max_tokens=50)
+    for _ in range(3):
+        graphed(batch_of(51))
+    assert captures == []
+
+
+def test_weights_may_change(captures):
+    model = small_model(1)
+    graphed = graphs.Graphed(model)
+    batch = batch_of(20)
+    for _ in range(2):
+        before = graphed(batch)
+    model.layers[0].mlp.Wo.weight.mul_(2.0)  # in place: the graph reads the same memory
+    assert difference(graphed(batch), model(batch)) <= 1e-5
+    assert difference(graphed(batch), before) > 1e-2
+    assert len(captures) == 1
+    model.final_norm.weight = torch.nn.Parameter(model.final_norm.weight * 3.0, requires_grad=False)
+    for _ in range(2):
+        assert difference(graphed(batch), model(batch)) <= 1e-5
+    assert len(captures) == 2
+    model.double().float()  # other memory, same values
+    for _ in range(2):
+        assert difference(graphed(batch), model(batch)) <= 1e-5
+    assert len(captures) == 3
+
+
+def test_a_batch_that_the_network_refuses_is_refused_by_a_graph_too(captures):
+    graphed = graphs.Graphed(small_model(1))
+    for _ in range(2):
+        graphed(batch_of(20))
+    for _ in range(3):
+        with pytest.raises(ValueError, match="token id 200 is outside the vocabulary"):
+            graphed(ml.pack([[5] * 19 + [200]], DEVICE))
+        with pytest.raises(TypeError, match="takes a PackedBatch"):
+            graphed(torch.zeros(20))
+
+
+def test_empty_sequences_and_batches_are_left_to_the_network(captures):
+    model = small_model(1)
+    graphed = graphs.Graphed(model)
+    for _ in range(3):
+        assert graphed(ml.pack([], DEVICE)).shape == (0, 32)
+        assert difference(graphed(batch_of(3, 0, 5)), model(batch_of(3, 0, 5))) <= 1e-5
+    assert captures == []
+
+
+def test_off_by_the_switch(captures, monkeypatch):
+    monkeypatch.setenv("MODERNBERT_LITE_CUDA_GRAPHS", "0")
+    graphed = graphs.Graphed(small_model(1))
+    for _ in range(3):
+        graphed(batch_of(20))
+    assert captures == []
+
+
+def test_never_with_a_backend_that_asks_the_host(captures, monkeypatch):
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "torch")
+    graphed = graphs.Graphed(small_model(1))
+    for _ in range(3):
+        graphed(batch_of(20))
+    assert captures == []
+
+
+def test_never_where_a_gradient_is_asked_for(captures):
+    model = small_model(1).requires_grad_(True)
+    graphed = graphs.Graphed(model)
+    for _ in range(3):
+        assert graphed(batch_of(20)).requires_grad
+    assert captures == []
+    with torch.no_grad():
+        for _ in range(2):
+            graphed(batch_of(20))
+    assert len(captures) == 1
+
+
+def test_a_capture_that_fails_is_told_once_and_done_without(monkeypatch, captures):
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "_capture", fail)
+    model = small_model(1)
+    graphed = graphs.Graphed(model)
+    graphed(batch_of(20))
+    with pytest.warns(UserWarning, match="no CUDA graphs here .*not permitted.*going on without"):
+        assert difference(graphed(batch_of(20)), model(batch_of(20))) <= 1e-5
+    graphed(batch_of(20))
+
+
+def test_threads_take_turns(captures):
+    model = small_model(1)
+    graphed = graphs.Graphed(model)
+    expected = {n: model(batch_of(n)) for n in (18, 20, 22, 25)}
+    for _ in range(2):  # captured here: the interpreter itself is for one thread
+        graphed(batch_of(19))
+    wrong: list[object] = []
+
+    def work(n):
+        try:
+            for _ in range(8):
+                if difference(graphed(batch_of(n)), expected[n]) > 1e-5:
+                    wrong.append(n)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_an_embedder_gives_the_same_with_and_without(captures):
+    with_graphs = ml.Embedder.from_pretrained("tiny", device=DEVICE, dtype="float32")
+    without = ml.Embedder.from_pretrained("tiny", device=DEVICE, dtype="float32", cuda_graphs=False)
+    for text in ("one", "two words", "a third text"):
+        assert abs(with_graphs.encode(text) - without.encode(text)).max() <= 1e-5
+    assert len(captures) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device and TRITON_INTERPRET=0")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_replays_on_a_gpu_equal_eager(captures, dtype):
+    """Every bucket that 300 random batches fall into. cuBLAS may take another kernel for a bucket's shape, so the
+    results may differ in rounding: by no more than twice what the dtype differs from fp32."""
+    exact = small_model(6)
+    model = small_model(6).to(dtype)
+    graphed = graphs.Graphed(model)
+    generator = torch.Generator().manual_seed(0)
+    for turn in range(300):
+        count = int(torch.randint(1, 9, (1,), generator=generator))
+        lengths = torch.randint(1, 200, (count,), generator=generator).tolist()
+        batch = batch_of(*lengths, seed=turn)
+        truth = exact(batch)
+        bound = 2 * (model(batch).float() - truth).abs().max() + 1e-6
+        assert (graphed(batch).float() - truth).abs().max() <= bound
+    assert captures
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device and TRITON_INTERPRET=0")
+def test_graphs_share_their_memory_on_a_gpu(captures):
+    """Thirty graphs take little more than the largest one."""
+    model = small_model(6)
+    graphed = graphs.Graphed(model)
+    for _ in range(2):
+        graphed(batch_of(4000))
+    torch.cuda.synchronize()
+    one = torch.cuda.memory_reserved()
+    for length in range(100, 4000, 130):
+        for _ in range(2):
+            graphed(batch_of(length))
+    torch.cuda.synchronize()
+    assert len(captures) > 10
+    assert torch.cuda.memory_reserved() <= one + (256 << 20)

@@ -214,7 +214,7 @@ def device_tiles(cu_seqlens: Tensor, count: int, block: int) -> Tensor:
     lengths, order = cu_seqlens.diff().sort(descending=True, stable=True)
     ends = ((lengths + (block - 1)) // block).cumsum(0)
     tile = torch.arange(count, device=cu_seqlens.device)
-    place = torch.searchsorted(ends, tile, right=True).clamp(max=len(lengths) - 1)
+    place = torch.searchsorted(ends, tile, right=True).clamp(max=lengths.shape[0] - 1)
     start = cu_seqlens[:-1][order][place]
     end = start + lengths[place]
     row = start + (tile - ends[place] + (lengths[place] + (block - 1)) // block) * block

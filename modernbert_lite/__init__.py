@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .config import CheckpointError, ModernBertConfig, read_config
     from .embedder import Embedder
     from .fill_mask import FillMask
+    from .graphs import Graphed
     from .pooling import quantize_embeddings
     from .reranker import Reranker
     from .weights import load_model
@@ -20,6 +21,7 @@ _HOME = {
     "CheckpointError": "config",
     "Embedder": "embedder",
     "FillMask": "fill_mask",
+    "Graphed": "graphs",
     "ModernBertConfig": "config",
     "PackedBatch": "batch",
     "Reranker": "reranker",
@@ -36,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "Embedder",
     "FillMask",
+    "Graphed",
     "ModernBertConfig",
     "PackedBatch",
     "Reranker",

@@ -130,7 +130,7 @@ class Embedder(Pipeline):
         def forward(batch: PackedBatch) -> Tensor:
             x = self.network(batch, alone)
             pooled = x.float() if alone else pooling.pool(x, batch, self.pooling.modes, skip)
-            return finish(pooled, self.dense, unit, dim).cpu()
+            return finish(pooled, self.dense, unit, dim)
 
         def texts() -> Iterator[str]:
             for i, text in enumerate(sentences):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import PackedBatch
+from .batch import PackedBatch, to_device
 
 NARROW = 64  # up to this length of the longest sequence all tiles are narrow
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -93,7 +93,9 @@ def attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int]) -> 
     left, right = window_size
     block = kernel.block_m(batch.max_seqlen, qkv.dtype, left >= 0 or right >= 0)
     if traced(qkv):
-        table = kernel.device_tiles(batch.cu_seqlens, len(qkv) // block + len(batch.cu_seqlens) - 1, block)
+        # By shape, because len() would fix a traced size.
+        most = qkv.shape[0] // block + batch.cu_seqlens.shape[0] - 1
+        table = kernel.device_tiles(batch.cu_seqlens, most, block)
         return kernel.attention_op(qkv, batch.cu_seqlens, table, block, left, right)
     return kernel.attention(qkv, batch.cu_seqlens, window_size, tile_table=tile_table(batch, block), block=block)
 
@@ -111,8 +113,7 @@ def tile_table(batch: PackedBatch, block: int) -> Tensor:
 
     key = ("tiles", block)
     if key not in batch.cache:
-        host = kernel.tiles(batch.seqlens, block)
-        batch.cache[key] = host.to(batch.cu_seqlens.device, non_blocking=True)
+        batch.cache[key] = to_device(kernel.tiles(batch.seqlens, block), batch.cu_seqlens.device)
     return batch.cache[key]
 
 
@@ -134,33 +135,40 @@ def row_attention(q: Tensor, kv: Tensor, batch: PackedBatch) -> Tensor:
     return attend(q, kv, batch.cu_seqlens)
 
 
-def varlen_attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int]) -> Tensor | None:
-    """torch's own attention over packed sequences, which has a gradient; None where this torch or card has none."""
-    half = qkv.dtype in (torch.bfloat16, torch.float16)
-    if not half or not qkv.is_cuda or not has_matrix_units(qkv.device) or not has_varlen_attn():
-        return None
+def has_varlen_attn(qkv: Tensor) -> bool:
+    """Whether torch's own attention over packed sequences, which has a gradient, takes this: from torch 2.11 on (with
+    windows), in 16 bits, on NVIDIA's cards from Ampere on."""
+    return (
+        qkv.is_cuda
+        and qkv.dtype in (torch.bfloat16, torch.float16)
+        and qkv.shape[-1] % 8 == 0
+        and torch.version.hip is None
+        and has_matrix_units(qkv.device)
+        and torch_has_varlen_attn()
+    )
+
+
+@torch.compiler.assume_constant_result
+def torch_has_varlen_attn() -> bool:
+    return _find_varlen_attn()
+
+
+@functools.cache
+def _find_varlen_attn() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+def varlen_attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int]) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = qkv.unbind(1)
     cu, longest = batch.cu_seqlens, batch.max_seqlen
     out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window_size)
     return out
-
-
-@torch.compiler.assume_constant_result
-@torch.compiler.assume_constant_result
-def has_varlen_attn() -> bool:
-    """Whether this torch has it, with windows (2.11 on)."""
-    return _has_varlen_attn()
-
-
-@functools.cache
-def _has_varlen_attn() -> bool:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return "window_size" in inspect.signature(varlen_attn).parameters
 
 
 def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import gpu, ops
-from .batch import PackedBatch
+from .batch import PackedBatch, to_device
 from .model import check_batch
 
 MAX_TOKENS = 4096
@@ -175,7 +175,7 @@ def _fill(static: PackedBatch, batch: PackedBatch) -> None:
     static.cu_seqlens[B + 1 :].fill_(T)
     for (_, block), table in static.cache.items():
         host = gpu.padded_tile_table(batch.seqlens, block, len(static.input_ids), len(table))
-        table.copy_(host, non_blocking=True)
+        table.copy_(to_device(host, table.device))
 
 
 def _can_capture(device: torch.device) -> bool:

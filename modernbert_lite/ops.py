@@ -235,15 +235,14 @@ def attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int] = (-
     Token i sees the tokens from i - left to i + right of its own sequence, inclusive; -1 is unlimited. A local
     window costs O(T * window): blocks of queries meet only the keys that they can see.
     """
-    if backend("attention", qkv) == "triton":
+    triton = backend("attention", qkv) == "triton"
+    if triton or qkv.is_cuda:
         from . import gpu
 
-        if gpu.wants_gradient(qkv):
-            out = gpu.varlen_attention(qkv, batch, window_size)
-            if out is not None:
-                return out
-        elif gpu.can_attend(qkv):
+        if triton and gpu.can_attend(qkv) and not gpu.wants_gradient(qkv):
             return gpu.attention(qkv, batch, window_size)
+        if batch.max_seqlen > 0 and gpu.has_varlen_attn(qkv):
+            return gpu.varlen_attention(qkv, batch, window_size)
     left, right = window_size
     out = torch.empty_like(qkv[:, 0])
     for start, count, length in _runs(batch.seqlens, len(qkv)):
@@ -279,6 +278,16 @@ def row_attention(q: Tensor, kv: Tensor, batch: PackedBatch) -> Tensor:
         out[b : b + count] = F.scaled_dot_product_attention(q[b : b + count, :, None], k, v)[:, :, 0]
         b += count
     return out
+
+
+def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor:
+    """The mean of each sequence's tokens: (T, C) -> (B, C) fp32; zeros for an empty sequence."""
+    if x.dim() == 2 and backend("pooling", x) == "triton":
+        from . import gpu
+
+        return gpu.mean_pool(x, batch)
+    total = torch.segment_reduce(x.float(), "sum", offsets=batch.cu_seqlens.long(), initial=0)
+    return total / batch.cu_seqlens.diff().float().clamp(min=1)[:, None]
 
 
 def _block_attention(qkv: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -27,6 +27,7 @@ _WINDOW_TEXTS, _WINDOW_CHARACTERS = 4_096, 1 << 20
 _STRONGER_MODEL = "Alibaba-NLP/gte-modernbert-base"
 
 P = TypeVar("P", bound="Pipeline")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Pipeline:
         total: int | None,
     ) -> Iterator[list[Any]]:
         """Lists of results in the order of the texts, one list a window; `forward` gives one result
-        a sequence (a tensor or list of B).
+        a sequence (a list of B, or a tensor on any device).
 
         Texts longer than max_seq_length are cut and counted in one warning at the end (on_long "truncate"), or are a
         ValueError ("error")."""
@@ -162,16 +163,33 @@ class Pipeline:
                         "shorten it, or let it be cut with on_long='truncate'"
                     )
                 results: list[Any] = [None] * len(window)
-                for group in plan_batches([len(sequence) for sequence in ids], self.batch_tokens):
-                    with torch.inference_mode():
-                        rows = forward(pack([ids[i] for i in group], self.device))
-                    for i, row in zip(group, rows, strict=True):
+                plan = plan_batches([len(sequence) for sequence in ids], self.batch_tokens)
+                for group, rows in _one_behind(self._batches(plan, ids, forward)):
+                    for i, row in zip(group, rows.cpu() if isinstance(rows, Tensor) else rows, strict=True):
                         results[i] = row
                     bar.update(len(group))
                 seen, truncated = seen + len(window), truncated + cut
                 yield results
         if truncated:
             warn(f"{truncated} of {seen} texts were longer than {self.max_seq_length} tokens and were cut")
+
+    def _batches(
+        self, plan: list[list[int]], ids: list[Any], forward: Callable[[PackedBatch], Any]
+    ) -> Iterator[tuple[list[int], Any]]:
+        for group in plan:
+            with torch.inference_mode():
+                rows = forward(pack([ids[i] for i in group], self.device))
+            yield group, rows
+
+
+def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
+    """Each item when the next one is made: a device works on a batch while the host prepares the one after it."""
+    kept: list[Item] = []
+    for item in items:
+        kept.append(item)
+        if len(kept) > 1:
+            yield kept.pop(0)
+    yield from kept
 
 
 def warn(message: str) -> None:

@@ -36,11 +36,7 @@ def lasttoken(x: Tensor, batch: PackedBatch) -> Tensor:
 
 def mean(x: Tensor, batch: PackedBatch) -> Tensor:
     """(T, C) -> (B, C) fp32; zeros for an empty sequence."""
-    if x.dim() == 2 and ops.backend("pooling", x) == "triton":
-        from . import gpu
-
-        return gpu.mean_pool(x, batch)
-    return _sum(x, batch) / _lengths(batch).clamp(min=1)
+    return ops.mean_pool(x, batch)
 
 
 def mean_sqrt_len_tokens(x: Tensor, batch: PackedBatch) -> Tensor:

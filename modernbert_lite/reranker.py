@@ -55,8 +55,8 @@ class Reranker(Pipeline):
         def forward(batch: PackedBatch) -> Tensor:
             scores = activate(self.network(batch).float())
             if len(self.labels) == 1:
-                return scores.squeeze(-1).cpu()
-            return (torch.softmax(scores, -1) if apply_softmax else scores).cpu()
+                return scores.squeeze(-1)
+            return torch.softmax(scores, -1) if apply_softmax else scores
 
         rows = [row for block in self.run(_pairs(items), forward, show_progress_bar, length(items)) for row in block]
         shape = () if len(self.labels) == 1 else (len(self.labels),)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import modernbert_lite as ml
-from modernbert_lite import cpu, ops
+from modernbert_lite import cpu, gpu, ops
 from modernbert_lite.config import Rope
 
 FAST = ["torch", "onednn"]
@@ -64,10 +64,11 @@ def test_a_backend_is_taken_only_where_the_op_has_it(monkeypatch):
     monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
     assert {op: ops.backend(op, torch.zeros(1)) for op in ops.OPS} == {
         "linear": "torch",
-        "layer_norm": "torch",
-        "rope": "torch",
-        "attention": "torch",
+        "layer_norm": "triton",
+        "rope": "triton",
+        "attention": "triton",
         "geglu": "triton",
+        "pooling": "triton",
     }
     monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "onednn")
     chosen = {op: ops.backend(op, torch.zeros(1)) for op in ops.OPS}
@@ -539,10 +540,10 @@ def test_triton_that_can_not_run_is_one_warning(monkeypatch):
 
     monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
     monkeypatch.setattr(kernel, "geglu", missing)
-    ops._triton_works.cache_clear()
+    gpu.works.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Failed to find C compiler") as warned:
-            assert {ops.backend("geglu", randn(2, 3)) for _ in range(3)} == {"torch"}
+            assert {ops.backend(op, randn(2, 3)) for op in ops.OPS} == {"torch"}
         assert len(warned) == 1
     finally:
-        ops._triton_works.cache_clear()
+        gpu.works.cache_clear()

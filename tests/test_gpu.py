@@ -1,0 +1,345 @@
+"""What ops takes where Triton runs, and the whole model on it: in the interpreter anywhere, and on a GPU (marker gpu)
+against transformers."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import modernbert_lite as ml
+from modernbert_lite import gpu, ops, pooling
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+on_a_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device and TRITON_INTERPRET=0")
+
+from modernbert_lite.kernels import attention, geglu, layer_norm, rope  # noqa: E402
+from modernbert_lite.kernels import pooling as pooling_kernel  # noqa: E402
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that were launched, in order; Triton is asked for."""
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
+    assert gpu.works(torch.device(DEVICE) if INTERPRETED else torch.device("cuda", 0))  # its own launch, once
+    names: list[str] = []
+
+    def counted(launch):
+        def call(*args, **kwargs):
+            names.append(launch.__name__)
+            return launch(*args, **kwargs)
+
+        return call
+
+    for module, name in (
+        (attention, "attention"),
+        (attention, "row_attention"),
+        (geglu, "geglu"),
+        (layer_norm, "layer_norm"),
+        (rope, "rope_"),
+        (pooling_kernel, "pool"),
+    ):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    return names
+
+
+def texts_batch(*lengths: int, seed: int = 0) -> ml.PackedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    return ml.pack([torch.randint(5, 50_000, (n,), generator=generator) for n in lengths], DEVICE)
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+
+
+def device_with(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("capability", "units"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_attention_is_left_to_torch_before_ampere(monkeypatch, capability, units):
+    """Triton compiles for V100 and T4, but not to their matrix units: products would be done a number at a time."""
+    assert gpu.has_matrix_units(device_with(monkeypatch, capability)) is units
+
+
+def test_amd_takes_the_kernels(monkeypatch):
+    device = device_with(monkeypatch, (7, 0))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert gpu.has_matrix_units(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_other_dtypes_take_the_reference(monkeypatch, dtype):
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
+    assert {ops.backend(op, torch.zeros(1, dtype=dtype, device=DEVICE)) for op in ops.OPS} == {"torch"}
+
+
+def test_auto_on_a_cuda_device_is_triton_for_every_op_that_has_it(monkeypatch):
+    monkeypatch.setattr(gpu, "works", lambda device: device.type == "cuda")
+    chosen = {op: ops._choose(op, torch.device("cuda", 0), torch.bfloat16) for op in ops.OPS}
+    assert chosen.pop("linear") == "torch"
+    assert set(chosen.values()) == {"triton"}
+    monkeypatch.setattr(gpu, "works", lambda device: False)
+    assert {ops._choose(op, torch.device("cuda", 0), torch.bfloat16) for op in ops.OPS} == {"torch"}
+
+
+def test_every_layer_takes_the_kernels(make_checkpoint, launches):
+    folder, _ = make_checkpoint(num_hidden_layers=4)
+    model = ml.load_model(folder, device=DEVICE, dtype="float32")
+    model(texts_batch(5, 70))
+    layer = ["layer_norm", "rope_", "attention", "layer_norm", "geglu"]
+    assert launches == ["layer_norm", *layer[1:], *layer, *layer, *layer, "layer_norm"]
+    launches.clear()
+    batch = texts_batch(5, 70)
+    model(batch, pooling.rows(batch, ["cls"]))
+    last = ["layer_norm", "rope_", "rope_", "row_attention", "layer_norm", "geglu"]
+    assert launches == ["layer_norm", *layer[1:], *layer, *layer, *last, "layer_norm"]
+
+
+def test_an_activation_without_a_kernel_takes_the_reference(launches):
+    x, weight = torch.randn(3, 8, device=DEVICE), torch.randn(10, 8, device=DEVICE)
+    activated, gate = (x @ weight.T).chunk(2, -1)
+    assert torch.allclose(ops.gated_linear(x, weight, None, "relu"), activated.relu() * gate, atol=1e-5)
+    assert launches == []
+
+
+@pytest.mark.parametrize("head_dim", [8, 48])
+def test_head_dims_without_a_kernel_take_the_reference(launches, head_dim):
+    batch = texts_batch(3, 9)
+    qkv = torch.randn(12, 3, 2, head_dim, device=DEVICE)
+    out = ops.attention(qkv, batch, (2, 2))
+    rows = ops.row_attention(qkv[[0, 3], 0], qkv[:, 1:], batch)
+    assert torch.allclose(rows, ops.attention(qkv, batch)[[0, 3]], atol=1e-5)
+    assert torch.isfinite(out).all()
+    assert "attention" not in launches
+    assert "row_attention" not in launches
+
+
+def test_a_gradient_takes_operators_that_have_one(launches):
+    """Attention in fp32 and LayerNorm: torch's own; RoPE and GeGLU: the kernels'."""
+    batch, rotation = texts_batch(3, 9), (torch.rand(16, 16, device=DEVICE), torch.rand(16, 16, device=DEVICE))
+    qkv = torch.randn(12, 3, 2, 32, device=DEVICE, requires_grad=True)
+    turned = ops.rope_(qkv, *rotation, batch.position_ids)
+    assert turned is not qkv
+    out = ops.attention(turned, batch, (2, 2)).flatten(1)
+    weight = torch.randn(2 * 24, 64, device=DEVICE, requires_grad=True)
+    y = ops.gated_linear(ops.layer_norm(out, torch.ones(64, device=DEVICE), None, 1e-5), weight, None, "gelu")
+    y.sum().backward()
+    assert "attention" not in launches
+    assert "layer_norm" not in launches
+    assert {"rope_", "geglu"} <= set(launches)
+    assert qkv.grad.abs().sum() > 0
+    assert weight.grad.abs().sum() > 0
+
+
+# ---- the whole model -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"hidden_activation": "silu", "attention_bias": True, "mlp_bias": True, "norm_bias": True},
+        {"num_attention_heads": 1, "hidden_size": 64, "local_attention": 32},
+    ],
+    ids=["plain", "biases", "one head"],
+)
+def test_the_kernels_give_what_the_reference_gives(make_checkpoint, monkeypatch, config):
+    folder, _ = make_checkpoint(**{"num_hidden_layers": 2, "num_attention_heads": 3, **config})
+    model = ml.load_model(folder, device=DEVICE, dtype="float32")
+    lengths = (1, 63, 65)
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "torch")
+    expected = model(texts_batch(*lengths))
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
+    batch = texts_batch(*lengths)
+    assert (model(batch) - expected).abs().max() <= 2e-5
+    for mode in ("cls", "lasttoken"):
+        rows = pooling.rows(batch, [mode])
+        assert (model(batch, rows) - expected[rows]).abs().max() <= 2e-5
+
+
+def test_gradients_equal_the_reference(make_checkpoint, monkeypatch):
+    folder, _ = make_checkpoint(num_hidden_layers=2)
+    gradients = {}
+    for name in ("torch", "triton"):
+        monkeypatch.setenv("MODERNBERT_LITE_BACKEND", name)
+        model = ml.load_model(folder, device=DEVICE, dtype="float32").requires_grad_(True)
+        model(texts_batch(3, 40)).square().mean().backward()
+        gradients[name] = {key: parameter.grad for key, parameter in model.named_parameters()}
+    for key, expected in gradients["torch"].items():
+        assert (gradients["triton"][key] - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-8, key
+
+
+def test_compiling_and_exporting_passes_through(make_checkpoint, monkeypatch):
+    """One graph, no break, and no new one for every batch."""
+    import torch._dynamo.testing
+
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
+    folder, _ = make_checkpoint(num_hidden_layers=2)
+    model = ml.load_model(folder, device=DEVICE, dtype="float32")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for lengths in ((3, 30), (4, 30, 2), (5, 6), (9, 3, 20, 11), (40, 2)):
+            batch = texts_batch(*lengths)
+            assert (compiled(batch) - model(batch)).abs().max() <= 1e-5
+    assert counter.frame_count <= 3
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, cu_seqlens, position_ids):
+            return self.model(ml.PackedBatch(input_ids, cu_seqlens, 8192, position_ids, (), 0))
+
+    def arguments(batch):
+        return batch.input_ids, batch.cu_seqlens, batch.position_ids
+
+    T, B = torch.export.Dim("T", min=2), torch.export.Dim("B", min=3)
+    program = torch.export.export(
+        Encoder(), arguments(texts_batch(3, 30, 9)), dynamic_shapes=({0: T}, {0: B}, {0: T}), strict=False
+    ).module()
+    for lengths in ((3, 30, 9), (5, 6), (9, 3, 20, 11)):
+        batch = texts_batch(*lengths)
+        assert (program(*arguments(batch)) - model(batch)).abs().max() <= 1e-5
+
+
+def test_nothing_compiles_by_itself(make_checkpoint, monkeypatch):
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("torch.compile was called"))
+    folder, _ = make_checkpoint(num_hidden_layers=1)
+    ml.load_model(folder, device=DEVICE, dtype="float32")(texts_batch(3))
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+def half(dtype: str) -> str:
+    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this card has no bfloat16")
+    return dtype
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("lengths", [(512,) * 8, (2048,), (8192,), (1, 2, 63, 64, 65, 129, 700, 20, 333)])
+def test_base_shape_against_transformers(make_checkpoint, dtype, lengths):
+    """ModernBERT-base's shape, random weights: hidden states by the 2x rule, mean vectors to a cosine of 0.999."""
+    half(dtype)
+    folder, reference = make_checkpoint(
+        hidden_size=768, intermediate_size=1152, num_attention_heads=12, num_hidden_layers=22, initializer_range=0.02
+    )
+    batch = texts_batch(*lengths)
+    reference = reference.to(DEVICE)
+
+    def theirs():
+        parts = batch.input_ids.split(list(lengths))
+        return torch.cat([reference(ids[None]).last_hidden_state[0] for ids in parts]).float()
+
+    with torch.inference_mode():
+        truth = theirs()
+        reference.to(getattr(torch, dtype))
+        plain = theirs()
+        got = ml.load_model(folder, device=DEVICE, dtype=dtype)(batch).float()
+    if dtype == "float32":
+        assert (got - truth).abs().max() <= 1e-4 * truth.abs().max()
+    else:
+        assert (got - truth).abs().max() <= 2 * (plain - truth).abs().max() + 1e-6
+    ours, exact = pooling.mean(got, batch), pooling.mean(truth, batch)
+    assert torch.cosine_similarity(ours, exact).min() >= 0.999
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_the_embedder_on_a_gpu_equals_the_cpu():
+    """Real weights, real text, one by one and together, with graphs and without."""
+    texts = [f"Sentence number {i}, of {'some ' * (i % 40)}length." for i in range(300)]
+    exact = ml.Embedder.from_pretrained("tiny", device="cpu", dtype="float32").encode(texts)
+    for options in ({}, {"cuda_graphs": False}, {"dtype": "float32"}):
+        model = ml.Embedder.from_pretrained("tiny", device="cuda", **options)
+        together = model.encode(texts)
+        alone = np.stack([model.encode(text) for text in texts[:20]])
+        assert np.sum(together * exact, 1).min() >= 0.999
+        assert np.sum(alone * exact[:20], 1).min() >= 0.999
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_ten_thousand_random_batches_without_a_nan():
+    torch.manual_seed(0)
+    config = ml.ModernBertConfig(
+        vocab_size=1000,
+        hidden_size=128,
+        intermediate_size=192,
+        num_attention_heads=2,
+        layer_types=("full_attention", "sliding_attention", "full_attention"),
+    )
+    from modernbert_lite.model import ModernBert
+
+    model = ModernBert(config).to("cuda", ops_dtype()).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    graphed = ml.Graphed(model)
+    generator = torch.Generator().manual_seed(1)
+    bad = torch.zeros((), device="cuda")
+    with torch.inference_mode():
+        for _ in range(10_000):
+            count = int(torch.randint(1, 12, (1,), generator=generator))
+            lengths = torch.randint(0, 160, (count,), generator=generator).tolist()
+            batch = ml.pack([torch.randint(0, 1000, (n,), generator=generator) for n in lengths], "cuda")
+            bad += (~torch.isfinite(graphed(batch))).sum()
+    assert int(bad) == 0
+
+
+def ops_dtype() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_peak_memory_is_weights_and_one_layer_pair(make_checkpoint):
+    """No more than the weights and 1.2x what is alive at once in the widest layer: the residual stream, its norm, the
+    projection (T, 2N) and its product (T, N), or q, k, v and the attention's result."""
+    folder, _ = make_checkpoint(
+        hidden_size=768, intermediate_size=1152, num_attention_heads=12, num_hidden_layers=6, initializer_range=0.02
+    )
+    model = ml.load_model(folder, device="cuda", dtype=ops_dtype())
+    batch = texts_batch(*(512,) * 32)
+    with torch.inference_mode():
+        model(batch)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model(batch)
+        torch.cuda.synchronize()
+    T, C, N = len(batch.input_ids), 768, 1152
+    one_pair = 2 * T * (2 * C + 3 * C + C + 3 * N)
+    assert torch.cuda.max_memory_allocated() - before <= 1.2 * one_pair
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_training_equals_fp32_reference_gradients(make_checkpoint, monkeypatch):
+    """bf16 gradients through varlen_attn and the kernels, as good as plain torch's in bf16."""
+    if not gpu.torch_has_varlen_attn():
+        pytest.skip("this torch has no varlen_attn with windows")
+    folder, _ = make_checkpoint(num_hidden_layers=3, initializer_range=0.02)
+
+    def gradients(name, dtype):
+        monkeypatch.setenv("MODERNBERT_LITE_BACKEND", name)
+        model = ml.load_model(folder, device="cuda", dtype=dtype).requires_grad_(True)
+        model(texts_batch(3, 40, 200)).float().square().mean().backward()
+        return {key: parameter.grad.float() for key, parameter in model.named_parameters()}
+
+    truth, plain, got = gradients("torch", "float32"), gradients("torch", "bfloat16"), gradients("auto", "bfloat16")
+    for key, expected in truth.items():
+        bound = 2 * (plain[key] - expected).norm() + 1e-3 * expected.norm() + 1e-6
+        assert (got[key] - expected).norm() <= bound, key

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 DEFAULT_BATCH_TOKENS = 16_384
+Function = TypeVar("Function", bound=Callable[..., Any])
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def constant(function: Function) -> Function:
+    """Marks what torch.compile may call once and keep the result of, as torch.compiler.assume_constant_result does; but
+    that imports the compiler (and triton), a second of every start."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import PackedBatch, to_device
+from .batch import PackedBatch, constant, to_device
 
 NARROW = 64  # up to this length of the longest sequence all tiles are narrow
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,7 +36,7 @@ def works(device: torch.device) -> bool:
         return False
 
 
-@torch.compiler.assume_constant_result
+@constant
 def has_matrix_units(device: torch.device) -> bool:
     """Whether Triton's products use them: before NVIDIA's Ampere (V100, T4) they would be done one number at a time,
     and torch's own attention is the faster one. True for AMD's cards and the interpreter."""
@@ -148,7 +148,7 @@ def has_varlen_attn(qkv: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant
 def torch_has_varlen_attn() -> bool:
     return _find_varlen_attn()
 

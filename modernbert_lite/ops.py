@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import PackedBatch
+from .batch import PackedBatch, constant
 from .config import Rope
 
 P = ParamSpec("P")
 OPS = ("linear", "layer_norm", "rope", "attention", "geglu", "pooling")
+KERNEL_WIDTH = 8192  # the widest row that a Triton program holds
 BACKENDS = ("auto", "torch", "triton", "onednn")
 # The fast implementations beside the reference, by op: onednn in cpu.py, triton in gpu.py.
 _FAST = {
@@ -48,7 +49,7 @@ def backend(op: str, x: Tensor) -> str:
     return _choose(op, x.device, x.dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
     wanted = os.environ.get("MODERNBERT_LITE_BACKEND", "auto")
     if wanted not in BACKENDS:
@@ -118,10 +119,10 @@ def _can_accumulate(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """(T, C) -> (T, C), statistics over C; weight and bias (C,)."""
-    if x.dim() == 2 and backend("layer_norm", x) == "triton":
+    if x.dim() == 2 and x.shape[1] <= KERNEL_WIDTH and backend("layer_norm", x) == "triton":
         from . import gpu
 
-        # With a gradient torch's own, whose backward pass is hard to beat at these widths (gpu-kernels: Liger's loses).
+        # With a gradient torch's own, whose backward pass is hard to beat at these widths: bench/bench_layer_norm.py.
         if not gpu.wants_gradient(x, weight, bias) and not torch.is_autocast_enabled():
             return gpu.layer_norm(x, weight, bias, eps)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -282,7 +283,7 @@ def row_attention(q: Tensor, kv: Tensor, batch: PackedBatch) -> Tensor:
 
 def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor:
     """The mean of each sequence's tokens: (T, C) -> (B, C) fp32; zeros for an empty sequence."""
-    if x.dim() == 2 and backend("pooling", x) == "triton":
+    if x.dim() == 2 and x.shape[1] <= KERNEL_WIDTH and backend("pooling", x) == "triton":
         from . import gpu
 
         return gpu.mean_pool(x, batch)

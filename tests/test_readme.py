@@ -53,7 +53,7 @@ def hub(make_checkpoint, tmp_path):
 
 def test_python_blocks_run(hub, tmp_path):
     codes = blocks("python")
-    assert len(codes) == 4
+    assert len(codes) == 5
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(codes)], env=hub, cwd=tmp_path, capture_output=True, text=True
     )

@@ -2,6 +2,7 @@
 
     python -m bench.bench_encode              # ModernBERT-base shape, random weights, fp32; about six minutes
     python -m bench.bench_encode --check      # also fails if a ratio is under what is promised
+    python -m bench.bench_encode --device cuda --help    # on a GPU: bench_encode_gpu.py
 
 transformers gets what it needs: a padded batch, sorted by length, 8 rows at a time for the ragged set. Parity is
 checked before a number is printed.
@@ -70,11 +71,19 @@ def providers(
 
 
 def main(argv: list[str] | None = None) -> int:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    known, rest = first.parse_known_args(argv)
+    if known.device == "cuda":
+        from bench import bench_encode_gpu
+
+        return bench_encode_gpu.main(rest)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--out", type=Path, default=RESULTS / "encode_cpu.csv")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a ratio is under what is promised")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; cuda has options of its own")
     args = parser.parse_args(argv)
 
     ours, reference = setup()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.runner import RESULTS, read_csv
 
 README = Path(__file__).parents[1] / "README.md"
+NOT_MEASURED = (
+    "Not measured yet: no run on a GPU has been recorded. `python -m bench.gpu --out bench/results` makes this table."
+)
+Rows = Sequence[dict[str, Any]]  # as csv gives them, all strings, or as they were measured
 
 
-def encode_cpu(rows: list[dict[str, str]]) -> str:
+def encode_cpu(rows: Rows) -> str:
     """A line a case, and one that says where it was measured."""
     lines = [
         "| batch | tokens | modernbert-lite | transformers sdpa | ratio | max difference |",
@@ -31,10 +37,87 @@ def encode_cpu(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", where])
 
 
-def fill(text: str) -> str:
+def encode_gpu(rows: Rows, every: bool = False) -> str:
+    """A line a shape and case, at the batch size that suits ours best (every: a line a batch size, too): every
+    provider's tokens a second, the rest of the fastest of ours."""
+    measured = [r for r in rows if r["tokens_per_s"]]
+    if not measured:
+        return NOT_MEASURED
+    names = list(dict.fromkeys(r["provider"] for r in measured))
+    columns = ("ratio", "mfu", "host_ms", "gpu_ms", "peak_allocated_mb", "max_difference")
+    head = ["shape", "texts of", "batch", *names, "ratio", "MFU", "host ms", "GPU ms", "peak MB", "max difference"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    groups: dict[Any, dict[str, dict[str, Any]]] = {}
+    for r in measured:
+        key = r["shape"], r["case"], str(r["dtype"]), int(r["batch_tokens"])
+        groups.setdefault(key, {})[r["provider"]] = r
+    best = {key: max(group.values(), key=_ours_first) for key, group in groups.items()}
+    for key in sorted(groups, key=_order):
+        same = [other for other in groups if other[:3] == key[:3]]
+        if not every and key != max(same, key=lambda k: _ours_first(best[k])):
+            continue
+        group, ours = groups[key], best[key]
+        speeds = [f"{int(group[n]['tokens_per_s']):,}" if n in group else "" for n in names]
+        cells = [key[0], key[1], f"{int(ours['tokens']):,}", *speeds, *(ours[c] for c in columns)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", _where(measured)])
+
+
+def kernels_gpu(rows: Rows, every: bool = False) -> str:
+    """A line a case, of 32,768 tokens where there are such (every: of each number of tokens): ours and how much of the
+    ceiling it reaches, and the others."""
+    measured = [r for r in rows if r["microseconds"] != ""]
+    if not measured:
+        return NOT_MEASURED
+    groups: dict[Any, dict[str, dict[str, Any]]] = {}
+    for r in measured:
+        groups.setdefault((r["op"], r["case"], r["dtype"], int(r["tokens"])), {})[r["provider"]] = r
+    lines = [
+        "| kernel | case | tokens | dtype | triton, us | GB/s | TFLOP/s | of the ceiling | x torch | others, us |",
+        "|---" * 10 + "|",
+    ]
+    for key, group in groups.items():
+        op, case, dtype, tokens = key
+        same = [other for other in groups if other[:3] == key[:3]]
+        if not every and key != max(same, key=lambda k: (k[3] == 32_768, k[3])):
+            continue
+        ours = group.get("triton") or dict.fromkeys(next(iter(group.values())), "")
+        columns = ("microseconds", "gb_per_s", "tflop_per_s", "fraction", "speedup")
+        fraction = f"{ours['fraction']} ({ours['ceiling']})" if ours["fraction"] != "" else ""
+        values = [fraction if c == "fraction" else ours[c] for c in columns]
+        others = ", ".join(f"{n} {r['microseconds']}" for n, r in group.items() if n != "triton")
+        lines.append(f"| {' | '.join(map(str, [op, case, f'{tokens:,}', dtype, *values, others]))} |")
+    return "\n".join([*lines, "", _where(measured)])
+
+
+def _ours_first(row: dict[str, Any]) -> tuple[bool, int]:
+    return row["provider"].startswith("modernbert-lite"), int(row["tokens_per_s"])
+
+
+def _order(key: tuple[str, str, str, int]) -> tuple[Any, ...]:
+    shape, case, dtype, batch_tokens = key
+    return shape, dtype, case != "query", not case.isdigit(), int(case) if case.isdigit() else 0, case, batch_tokens
+
+
+def _where(rows: Rows) -> str:
+    """Where rows were measured; they may be of more than one run."""
+    texts = (
+        f"{r['card']}, driver {r['driver']}, torch {r['torch']}, triton {r['triton']}, transformers "
+        f"{r['transformers']}, {r['dtype']}, commit {r['commit']}, {r['date']}."
+        for r in rows
+    )
+    return " ".join(dict.fromkeys(texts))
+
+
+TABLES = {"encode_cpu": encode_cpu, "encode_gpu": encode_gpu, "kernels_gpu": kernels_gpu}
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
     """README with every table made anew."""
-    for name, make in {"encode_cpu": encode_cpu}.items():
-        table = make(read_csv(RESULTS / f"{name}.csv"))
+    for name, make in TABLES.items():
+        path = results / f"{name}.csv"
+        rows = read_csv(path) if path.exists() else []
+        table = make(rows) if rows and not rows[0].get("smoke") else NOT_MEASURED
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
     return text

@@ -1,0 +1,563 @@
+"""End to end on a GPU: hidden states of real tokens a second, beside transformers on the same random weights.
+
+    python -m bench.bench_encode --device cuda                    # base shape, bf16
+    python -m bench.bench_encode --device cuda --shapes base large --compile --check
+
+Parity comes before a number is printed: against transformers in fp32, the error may be twice that of transformers in
+the same dtype, and the mean-pooled vectors must agree to a cosine of 0.999. A provider that fails, or has no room, gets
+a row that says so and no speed.
+
+What is counted: `tokens` are real ones, never padding. `seconds` is the wall's, a call of many that follow each other
+("query" and "texts": of one whose result is waited for); `host_ms` is what the host needs to queue a call, `gpu_ms`
+what the GPU needs when it waits for nobody. MFU is the model's exact FLOPs (`model_flops`) over the datasheet's peak
+(`mfu`) and over a large matrix product of the same run (`mfu_measured`). Memory is the weights and the most that a call
+adds to them; `memory_limit_mb` is what is promised, `memory_limit`. transformers gets texts sorted by length and 32,768
+padded tokens at a time: more saturates no card further, and might not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import gc
+import importlib
+import importlib.util
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import modernbert_lite as ml
+from bench import runner
+
+OURS, GRAPHS, COMPILED = "modernbert-lite", "modernbert-lite graphs", "modernbert-lite compiled"
+THEIRS, FLASH = "transformers sdpa", "flash_attention_2"
+SHAPES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "large": {"hidden_size": 1024, "intermediate_size": 2624, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "smoke": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2}
+    | {"vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1}
+    | {"sep_token_id": 2},
+}
+CASES = ("query", "128", "512", "2048", "8192", "ragged")
+BATCH_TOKENS = (32_768, 4_096, 131_072, 16_384, 8_192, 65_536)  # the most telling first: time may run out
+QUERY_TOKENS = 20
+POOL_TOKENS = 16_384  # texts repeat after so many, so that one reference in fp32 serves every batch
+PADDED_TOKENS = 32_768
+GRAPH_TOKENS = 4_096  # above it the GPU is busy longer than the host needs
+FP32_TOLERANCE = 2e-5
+MIN_COSINE = 0.999
+# Dense bf16 and fp16, SXM parts, from NVIDIA's datasheets.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
+# Million tokens a second at the best batch size, base shape, bf16, one H200.
+PROMISED = {"512": 2.0, "2048": 1.6, "8192": 0.9}
+PROMISED_QUERY_MS = 1.0
+
+Run = Callable[[], Tensor]
+Emit = Callable[[dict[str, Any]], None]
+COLUMNS = (
+    *("case", "shape", "tokens", "batch_tokens", "sequences", "dtype", "provider", "tokens_per_s", "seconds"),
+    *("host_ms", "gpu_ms", "mfu", "mfu_measured", "peak_allocated_mb", "peak_reserved_mb", "memory_limit_mb"),
+    *("ratio", "cosine", "max_difference", "note"),
+)
+
+
+def visible_keys(length: int, window_size: tuple[int, int]) -> int:
+    """Keys that the queries of one sequence see, summed: (left, right) inclusive, -1 unlimited."""
+
+    def side(window: int) -> int:  # sum of min(i, window) for i in 0 .. length - 1
+        if window < 0 or window >= length:
+            return length * (length - 1) // 2
+        return window * (window + 1) // 2 + (length - 1 - window) * window
+
+    return length + side(window_size[0]) + side(window_size[1])
+
+
+def model_flops(config: ml.ModernBertConfig, lengths: list[int]) -> int:
+    """Of one forward pass: the linear layers on every token, the attention of each query with the keys it sees."""
+    C, N = config.hidden_size, config.intermediate_size
+    linear = 2 * (4 * C * C + 3 * N * C) * config.num_hidden_layers * sum(lengths)
+    windows = [config.window_size(i) for i in range(config.num_hidden_layers)]
+    counts = {length: lengths.count(length) for length in set(lengths)}
+    keys = sum(count * visible_keys(n, w) * windows.count(w) for n, count in counts.items() for w in set(windows))
+    return linear + 4 * C * keys  # q k^T and the sum of v, 2 FLOPs a channel each
+
+
+def memory_limit(config: ml.ModernBertConfig, tokens: int, itemsize: int, weights: int) -> int:
+    """Bytes: the weights and 1.2 x what one attention block and one MLP block write, each tensor counted once: norm C,
+    qkv 3C, attention C, Wo C, residual C; norm C, Wi 2N, GeGLU N, Wo C, residual C."""
+    return weights + int(1.2 * tokens * (9 * config.hidden_size + 3 * config.intermediate_size) * itemsize)
+
+
+def peak_flops(card: str, dtype: torch.dtype) -> float | None:
+    """The datasheet's, None where it isn't known here."""
+    if dtype not in (torch.bfloat16, torch.float16) or "PCIe" in card or "NVL" in card:
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
+
+
+@dataclass
+class Pool:
+    """The texts of a case, what transformers in fp32 makes of them, and how far off it is in the dtype."""
+
+    texts: list[Tensor]
+    expected: list[Tensor]
+    error: float
+
+
+class Models:
+    """One shape's networks with one set of random weights."""
+
+    @torch.inference_mode(False)  # weights as they are elsewhere
+    def __init__(self, shape: str, dtype: torch.dtype, device: torch.device):
+        from transformers import ModernBertConfig, ModernBertModel
+
+        from modernbert_lite.model import ModernBert
+
+        torch.manual_seed(0)
+        with torch.device(device):  # drawing 395 M random numbers on the host takes half a minute
+            exact = ModernBertModel(ModernBertConfig(attn_implementation="sdpa", **SHAPES[shape]))
+        self.exact = exact.to(device).eval().requires_grad_(False)
+        self.theirs = copy.deepcopy(self.exact)
+        for parameter in self.theirs.parameters():  # not .to(dtype): that would also round RoPE's frequencies
+            parameter.data = parameter.data.to(dtype)
+        raw = {**self.exact.config.to_dict(), "architectures": ["ModernBertModel"]}
+        self.config = ml.ModernBertConfig.from_dict(raw)
+        self.ours = ModernBert(self.config)
+        self.ours.load_state_dict(self.exact.state_dict())
+        self.ours = self.ours.to(device, dtype).eval().requires_grad_(False)
+        self.weights = sum(p.numel() * p.element_size() for p in self.ours.parameters())
+        self.shape, self.device = shape, device
+        self.pools: dict[str, Pool] = {}
+
+    def pool(self, case: str) -> Pool:
+        if case not in self.pools:
+            generator = torch.Generator().manual_seed(1)
+            high = min(50_000, self.config.vocab_size)
+            texts = [torch.randint(5, high, (n,), generator=generator) for n in pool_lengths(case)]
+            order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+            batches = padded([texts[i] for i in order], self.config.pad_token_id or 0, self.device)
+            exact, rough = hidden_states(self.exact, batches), hidden_states(self.theirs, batches)
+            rows = dict(zip(order, exact.split([len(texts[i]) for i in order]), strict=True))
+            error = float((rough.float() - exact).abs().max())
+            self.pools[case] = Pool(texts, [rows[i] for i in range(len(texts))], error)
+        return self.pools[case]
+
+    def variant(self, change: Callable[[nn.Module], Any]) -> nn.Module:
+        """A copy of transformers' network, changed."""
+        model = copy.deepcopy(self.theirs)
+        change(model)
+        return model
+
+
+def pool_lengths(case: str) -> list[int]:
+    """128 -> [128] * 128; "ragged": lognormal, in no order."""
+    if case == "query":
+        return [QUERY_TOKENS]
+    if case != "ragged":
+        return [int(case)] * max(POOL_TOKENS // int(case), 1)
+    from bench.bench_encode import ragged_lengths
+
+    lengths = ragged_lengths(POOL_TOKENS // 128)
+    return [lengths[i] for i in torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()]
+
+
+def batch_of(lengths: list[int], tokens: int) -> list[int]:
+    """Texts of the pool, repeated until `tokens` are reached, longest first. Empty if the first is longer than that."""
+    indices: list[int] = []
+    used = 0
+    while used + lengths[len(indices) % len(lengths)] <= tokens:
+        used += lengths[len(indices) % len(lengths)]
+        indices.append(len(indices) % len(lengths))
+    return sorted(indices, key=lambda i: -lengths[i])
+
+
+Padded = list[tuple[Tensor, "Tensor | None", "Tensor | None"]]
+
+
+def padded(texts: list[Tensor], pad: int, device: torch.device) -> Padded:
+    """Texts, longest first -> (ids, mask, places of the real tokens) of at most PADDED_TOKENS; no mask, no places
+    where all texts are of one length, which spares transformers the work."""
+    batches: Padded = []
+    while texts:
+        rows = max(PADDED_TOKENS // len(texts[0]), 1)
+        part, texts = texts[:rows], texts[rows:]
+        ids = nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=pad).to(device)
+        if len(part[-1]) == len(part[0]):
+            batches.append((ids, None, None))
+            continue
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in part], batch_first=True)
+        batches.append((ids, mask.to(device), mask.flatten().nonzero().flatten().to(device)))
+    return batches
+
+
+def hidden_states(model: nn.Module, batches: Padded) -> Tensor:
+    """(T, C) of the real tokens."""
+    parts = []
+    for ids, mask, places in batches:
+        hidden = model(ids, attention_mask=mask).last_hidden_state.flatten(0, 1)
+        parts.append(hidden if places is None else hidden[places])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def providers(models: Models, texts: list[Tensor], compiled: bool) -> dict[str, Run]:
+    """All give the hidden states of the real tokens, (T, C)."""
+    batch = ml.pack(texts, models.device)
+    rows = padded(texts, models.config.pad_token_id or 0, models.device)
+    cuda = models.device.type == "cuda"
+
+    # A new batch a call: what ops keep in one (lists of tiles) is part of the work.
+    def ours(make: Callable[[], Callable[..., Tensor]]) -> Run:
+        model = functools.cache(make)  # on the first call, where a failure costs one row
+        return lambda: model()(replace(batch))
+
+    def theirs(make: Callable[[], nn.Module]) -> Run:
+        model = functools.cache(make)
+        return lambda: hidden_states(model(), rows)
+
+    def graphed() -> Callable[..., Tensor]:
+        from modernbert_lite.graphs import Graphed
+
+        network = Graphed(models.ours)
+        for _ in range(2):  # a shape is captured when it comes for the second time
+            network(replace(batch))
+        if not network._graphs:  # it then goes on without, silently
+            raise RuntimeError("no graph was captured")
+        return network
+
+    runs = {OURS: ours(lambda: models.ours), THEIRS: theirs(lambda: models.theirs)}
+    if cuda and len(batch.input_ids) <= GRAPH_TOKENS:
+        runs[GRAPHS] = ours(graphed)
+    if cuda and importlib.util.find_spec("flash_attn"):
+        runs["transformers flash"] = theirs(lambda: models.variant(lambda m: m.set_attn_implementation(FLASH)))
+    if cuda and importlib.util.find_spec("packed_encoders"):
+        pack = importlib.import_module("packed_encoders").pack
+        runs["packed-encoders"] = theirs(lambda: models.variant(pack))
+    if compiled:
+        torch.compiler.reset()
+        # Shapes stay as they are for a case: the best that the compiler can do.
+        runs[COMPILED] = ours(lambda: torch.compile(models.ours, dynamic=False))
+        runs["transformers compiled"] = theirs(lambda: torch.compile(models.theirs, dynamic=False))
+    return runs
+
+
+def compare(out: Tensor, pool: Pool, indices: list[int]) -> tuple[float, float]:
+    """(the least cosine of mean-pooled vectors, the largest difference of hidden states); NaN stays NaN."""
+    expected = [pool.expected[i] for i in indices]
+    if out.shape != (sum(map(len, expected)), expected[0].shape[1]):
+        raise ValueError(f"hidden states of shape {tuple(out.shape)}")
+    got = out.float().split([len(e) for e in expected])
+    a, b = (torch.stack([x.mean(0) for x in rows]) for rows in (got, expected))
+    cosine = float(nn.functional.cosine_similarity(a, b).min())
+    return cosine, float((out.float() - torch.cat(expected)).abs().max())
+
+
+def attempt(run: Callable[[], Any]) -> tuple[Any, str]:
+    """(result, ""), or (None, why not). Frees what a failure left behind."""
+    try:
+        result = run()
+        synchronize()
+        return result, ""
+    except torch.cuda.OutOfMemoryError:
+        note = "out of memory"
+    except Exception as error:  # noqa: BLE001  a peer's failure, of whatever kind, costs its own row only
+        note = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+    try:
+        free()
+    except RuntimeError as error:  # after an illegal access every call fails: the rows still get written
+        note += f"; then {type(error).__name__}"
+    return None, note
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_memory(run: Run) -> tuple[Any, int, int]:
+    """(result, the most bytes allocated, the most reserved) beyond what was held before."""
+    if not torch.cuda.is_available():
+        return run(), 0, 0
+    free()
+    torch.cuda.reset_peak_memory_stats()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    result = run()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated() - allocated, torch.cuda.max_memory_reserved() - reserved
+
+
+def wall_times(runs: dict[str, Run], case: str, options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds a call. Of "query" each result is waited for; of the rest only the last of a round of calls."""
+    once = runner.measure({name: waited(run, 1) for name, run in runs.items()}, 1)
+    cuda = options.device == "cuda"
+    calls = {name: 1 if case == "query" or not cuda else max(1, math.ceil(0.02 / t)) for name, t in once.items()}
+    round_s = sum(calls[name] * once[name] for name in runs)
+    most = 20 * options.repeats if case == "query" and cuda else options.repeats
+    repeats = max(3, min(most, int(options.case_seconds / round_s)))
+    total = runner.measure({name: waited(run, calls[name]) for name, run in runs.items()}, repeats)
+    return {name: seconds / calls[name] for name, seconds in total.items()}
+
+
+def waited(run: Run, calls: int) -> Callable[[], None]:
+    def call() -> None:
+        for _ in range(calls):
+            run()
+        synchronize()
+
+    return call
+
+
+def run_case(
+    models: Models, case: str, tokens: int, options: argparse.Namespace, where: dict[str, str], emit: Emit
+) -> bool:
+    """Emits a row a provider. False if one gave wrong numbers, or ours failed."""
+    dtype = getattr(torch, options.dtype)
+    pool = models.pool(case)
+    indices = batch_of([len(t) for t in pool.texts], tokens)
+    texts = [pool.texts[i] for i in indices]
+    lengths = [len(t) for t in texts]
+    total, flops = sum(lengths), model_flops(models.config, lengths)
+    head = {"case": case, "shape": models.shape, "tokens": total, "batch_tokens": tokens, "sequences": len(lengths)}
+    limit = memory_limit(models.config, total, dtype.itemsize, models.weights)
+    allowed = max(2 * pool.error + 1e-6, FP32_TOLERANCE)
+    rows: dict[str, dict[str, Any]] = {}
+    live: dict[str, Run] = {}
+    ok = True
+
+    def check(name: str, run: Run, row: dict[str, Any]) -> None:
+        """Fills in parity and memory. Raises what the provider raises, or that it is wrong."""
+        if name != GRAPHS:
+            run()  # compilers and workspaces: not what a call needs
+        out, allocated, reserved = peak_memory(run)  # of graphs, what capturing takes: a replay allocates nothing
+        cosine, difference = compare(out, pool, indices)
+        row |= {"cosine": f"{cosine:.6f}", "max_difference": f"{difference:.2e}"}
+        if not (cosine >= MIN_COSINE and difference <= allowed):  # NaN fails
+            raise Unequal(f"cosine {cosine:.6f}, difference {difference:.2e}, allowed {allowed:.2e}")
+        if options.device == "cuda":
+            row["peak_allocated_mb"] = f"{(models.weights + allocated) / 1e6:.0f}"
+            row["peak_reserved_mb"] = f"{(models.weights + reserved) / 1e6:.0f}"
+            row["memory_limit_mb"] = f"{limit / 1e6:.0f}"
+
+    for name, run in providers(models, texts, options.compile).items():
+        row = rows[name] = dict.fromkeys(COLUMNS, "") | head | {"dtype": options.dtype, "provider": name}
+        _, row["note"] = attempt(lambda name=name, run=run, row=row: check(name, run, row))
+        if not row["note"]:
+            live[name] = run
+        elif name.startswith(OURS) or row["note"].startswith(Unequal.__name__):
+            ok = False
+    seconds, note = attempt(lambda: wall_times(live, case, options)) if live else ({}, "")
+    for name, row in rows.items():
+        if name not in live:
+            continue
+        if note:  # one has no room beside the others, or fails now and then
+            row["note"] = note
+            ok = False
+            continue
+        s = seconds[name]
+        row |= {"tokens_per_s": f"{total / s:.0f}", "seconds": f"{s:.6f}"}
+        row |= speeds(flops / s, where["card"], dtype, options)
+        if options.device == "cuda":
+            turns = 10 if s < 0.05 else 3
+            pair, row["note"] = attempt(lambda run=live[name], n=turns: runner.host_and_gpu_time(run, n))
+            row |= {"host_ms": f"{pair[0] * 1e3:.3f}", "gpu_ms": f"{pair[1] * 1e3:.3f}"} if pair else {}
+        if THEIRS in seconds:
+            row["ratio"] = f"{seconds[THEIRS] / s:.2f}"
+    for row in rows.values():
+        emit(row | where)
+    live.clear()
+    free()
+    return ok
+
+
+class Unequal(ValueError):
+    """A provider's numbers are not the reference's."""
+
+
+def speeds(flops_per_s: float, card: str, dtype: torch.dtype, options: argparse.Namespace) -> dict[str, str]:
+    row = {}
+    if peak := peak_flops(card, dtype):
+        row["mfu"] = f"{flops_per_s / peak:.3f}"
+    if options.device == "cuda":
+        row["mfu_measured"] = f"{flops_per_s / runner.ceilings().flops(dtype):.3f}"
+    return row
+
+
+def run_texts(options: argparse.Namespace, where: dict[str, str], emit: Emit) -> bool:
+    """Strings in, vectors out: the bundled model, here and in sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer
+
+    from bench.bench_encode import ragged_lengths
+
+    tiny = Path(ml.__file__).parent / "tiny"
+    words = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    generator = torch.Generator().manual_seed(2)
+    count = 4 if options.smoke else 1_024
+    lengths = [ragged_lengths(128)[i] for i in torch.randint(128, (count,), generator=generator).tolist()]
+    high = words.get_vocab_size()
+    texts = [words.decode(torch.randint(5, high, (n,), generator=generator).tolist()) for n in lengths]
+    dtype = getattr(torch, options.dtype)
+    ours = ml.Embedder.from_pretrained("tiny", device=options.device, dtype=dtype)
+
+    def theirs(dtype: torch.dtype) -> Callable[[], Any]:
+        model = SentenceTransformer(str(tiny), device=options.device, model_kwargs={"dtype": dtype})
+        return lambda: model.encode(texts, batch_size=128, show_progress_bar=False)
+
+    runs = {OURS: lambda: ours.encode(texts, show_progress_bar=False), "sentence-transformers": theirs(dtype)}
+    expected = torch.as_tensor(theirs(torch.float32)())
+    lengths = [len(ids) for ids in ours.tokenizer.encode(texts)[0]]
+    head = {"case": "texts", "shape": "tiny", "tokens": sum(lengths), "batch_tokens": ours.batch_tokens}
+    head |= {"sequences": count, "dtype": options.dtype}
+    rows, ok = {}, True
+    for name, run in list(runs.items()):
+        row = rows[name] = dict.fromkeys(COLUMNS, "") | head | {"provider": name}
+        out, row["note"] = attempt(lambda run=run: torch.as_tensor(run()).float())
+        if not row["note"]:
+            cosine = float(nn.functional.cosine_similarity(out, expected).min())
+            row |= {"cosine": f"{cosine:.6f}", "max_difference": f"{float((out - expected).abs().max()):.2e}"}
+            row["note"] = "" if cosine >= MIN_COSINE else f"{Unequal.__name__}: cosine {cosine:.6f}"
+        if row["note"]:
+            del runs[name]
+            ok &= name != OURS and not row["note"].startswith(Unequal.__name__)
+    seconds = runner.measure(runs, 3)
+    for name, row in rows.items():
+        if name in seconds:
+            s = seconds[name]
+            row |= {"tokens_per_s": f"{sum(lengths) / s:.0f}", "seconds": f"{s:.6f}"}
+            row |= speeds(model_flops(ours.config, lengths) / s, where["card"], dtype, options)
+            if "sentence-transformers" in seconds:
+                row["ratio"] = f"{seconds['sentence-transformers'] / s:.2f}"
+        emit(row | where)
+    return ok
+
+
+def run(options: argparse.Namespace, emit: Emit) -> bool:
+    """Every case, a row emitted as soon as it is known. False if a provider gave wrong numbers, or ours failed."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    where = runner.gpu_environment()
+    started, ok = time.monotonic(), True
+    fixed = [case for case in options.cases if case != "query"]
+    plan = [("query", QUERY_TOKENS)] if "query" in options.cases else []
+    plan += [(case, tokens) for tokens in options.batch_tokens for case in fixed]
+    plan = [(case, tokens) for case, tokens in plan if batch_of(pool_lengths(case), tokens)]
+    with torch.inference_mode():
+        if options.device == "cuda":
+            runner.ceilings()  # before the card is full
+        for shape in options.shapes:
+            models: Models | None = None
+            for case, tokens in plan:
+                if options.seconds and time.monotonic() - started > options.seconds:
+                    print(f"no time left for {shape} {case} in batches of {tokens}", file=sys.stderr)
+                    continue
+                models = models or Models(shape, dtype, device)
+                fine, note = attempt(
+                    lambda models=models, case=case, tokens=tokens: run_case(models, case, tokens, options, where, emit)
+                )
+                ok &= bool(fine)
+                if note:
+                    row = dict.fromkeys(COLUMNS, "") | {"case": case, "shape": shape, "batch_tokens": tokens}
+                    emit(row | {"dtype": options.dtype, "provider": OURS, "note": note} | where)
+            models = None
+            free()
+    if options.texts:
+        fine, note = attempt(lambda: run_texts(options, where, emit))
+        ok &= bool(fine)
+        if note:
+            row = dict.fromkeys(COLUMNS, "") | {"case": "texts", "shape": "tiny", "dtype": options.dtype}
+            emit(row | {"provider": OURS, "note": note} | where)
+    return ok
+
+
+def promises(rows: list[dict[str, str]]) -> list[tuple[str, str, str, str]]:
+    """(what, promised, measured, "yes" or "no") of each promise; measured and the last are "" where no row tells.
+
+    Speeds are promised for one H200, the base shape and bf16; of the batch sizes the best counts."""
+    own = [r for r in rows if r["shape"] == "base" and r["dtype"] == "bfloat16" and r["seconds"]]
+    own = [r for r in own if "H200" in r["card"] and r["provider"] in (OURS, GRAPHS)]
+    table = []
+
+    def add(what: str, promised: str, found: list[float], pick: Callable[[list[float]], float], unit: str) -> None:
+        sign, limit = promised.split()[:2]
+        kept = {">=": float.__ge__, "<=": float.__le__, "<": float.__lt__}[sign]
+        got = pick(found) if found else None
+        met = "" if got is None else "yes" if kept(got, float(limit)) else "no"
+        table.append((what, promised, "" if got is None else f"{got:.2f} {unit}".rstrip(), met))
+
+    for case, least in PROMISED.items():
+        speeds = [float(r["tokens_per_s"]) / 1e6 for r in own if r["case"] == case]
+        add(f"base, {case} tokens each", f">= {least} Mtok/s", speeds, max, "Mtok/s")
+    query = [float(r["seconds"]) * 1e3 for r in own if r["case"] == "query" and r["provider"] == GRAPHS]
+    add(f"one query of {QUERY_TOKENS} tokens, with graphs", f"< {PROMISED_QUERY_MS} ms", query, min, "ms")
+    # A query's activations are less than the allocator's grain.
+    full = [r for r in own if r["provider"] == OURS and r["memory_limit_mb"] and r["case"] != "query"]
+    shares = [float(r["peak_allocated_mb"]) / float(r["memory_limit_mb"]) for r in full]
+    add("peak memory over weights + 1.2 layers' activations", "<= 1.0", shares, max, "")
+    return table
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["base"])
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--batch-tokens", nargs="+", type=int, default=list(BATCH_TOKENS))
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of both too: it takes minutes")
+    parser.add_argument("--texts", action="store_true", help="also from strings, beside sentence-transformers")
+    parser.add_argument("--smoke", action="store_true", help="few texts")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds at most, 3 at least")
+    parser.add_argument("--case-seconds", type=float, default=3.0, help="about so long for the rounds of a case")
+    parser.add_argument("--seconds", type=float, default=0, help="start no case after so many")
+    parser.add_argument("--out", type=Path, default=runner.RESULTS / "encode_gpu.csv")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if less is reached than is promised")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench_encode: no CUDA device here", file=sys.stderr)
+        return 2
+    rows: list[dict[str, Any]] = []
+
+    def emit(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(line(row), flush=True)
+        runner.write_csv(options.out, rows)
+
+    ok = run(options, emit)
+    missed = []
+    if options.check:
+        kept = promises(rows)
+        missed = [f"{what}: {got or 'not measured'}, promised {p}" for what, p, got, met in kept if met != "yes"]
+        if missed:
+            print("under what is promised: " + "; ".join(missed), file=sys.stderr)
+    return 0 if ok and not missed else 1
+
+
+def line(row: dict[str, Any]) -> str:
+    head = f"{row['shape']:6} {row['case']:>6} {row['batch_tokens']!s:>6} {row['provider']:24}"
+    if not row["seconds"]:
+        return f"{head} {row['note']}"
+    host, gpu, mfu, ratio = (row[name] or "-" for name in ("host_ms", "gpu_ms", "mfu", "ratio"))
+    return (
+        f"{head} {row['tokens_per_s']:>8} tokens/s, {float(row['seconds']) * 1e3:8.2f} ms (host {host}, GPU {gpu}), "
+        f"MFU {mfu}, ratio {ratio}, differs by {row['max_difference']} {row['note']}"
+    ).rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,7 +26,7 @@ def _rotated(x, row, end, position, stride, cos, sin, P, HALF: tl.constexpr, FLO
     address = row.to(tl.int64)[:, None] * stride + column
     x1 = tl.load(x + address, mask=inside, other=0.0)
     x2 = tl.load(x + HALF + address, mask=inside, other=0.0)
-    angle = tl.minimum(position, P - 1)[:, None] * HALF + column
+    angle = tl.minimum(tl.maximum(position, 0), P - 1)[:, None] * HALF + column
     c = tl.load(cos + angle, mask=inside, other=0.0)
     s = tl.load(sin + angle, mask=inside, other=0.0)
     y1 = (x1.to(tl.float32) * c - x2.to(tl.float32) * s).to(x1.dtype)
@@ -134,8 +134,8 @@ def _attention_kernel(
     # Clamped, so that no list of tiles leads outside the tensors.
     first = tl.maximum(tl.load(tile), 0)
     last = tl.minimum(tl.load(tile + 1), Q)
-    start = tl.maximum(tl.load(tile + 2), 0)
-    end = tl.minimum(tl.load(tile + 3), T)
+    start = tl.minimum(tl.maximum(tl.load(tile + 2), 0), T)
+    end = tl.maximum(tl.minimum(tl.load(tile + 3), T), start)
     if first >= last:
         return
     q += head * head_q
@@ -191,7 +191,7 @@ def _config(block: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """By registers and shared memory, read off the compiled kernels: nothing spills, and two programs or more fit a
     multiprocessor of sm_90. bench/bench_attention.py --tune measures the neighbours."""
     if dtype == torch.float32:
-        return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_N": 32, "num_warps": 8 if head_dim > 64 else 4, "num_stages": 2}
     wide = block * head_dim > 128 * 64
     return {"BLOCK_N": 64, "num_warps": 8 if wide else 4, "num_stages": 2 if head_dim > 64 else 3}
 
@@ -261,12 +261,12 @@ def attention(
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D)")
     T = len(qkv)
-    left, right = (-1 if side < 0 else int(side) for side in window_size)
+    left, right = (-1 if side < 0 else min(int(side), 2**30) for side in window_size)
     if tile_table is None or block is None:
         values = check_cu_seqlens(cu_seqlens, T)
         lengths = [b - a for a, b in pairwise(values)]
         block = block or block_m(max(lengths), qkv.dtype, left >= 0 or right >= 0)
-        tile_table = tiles(lengths, block).to(qkv.device)
+        tile_table = tiles(lengths, max(block, 1)).to(qkv.device)
     q, k, v = qkv.unbind(1)
     return _launch(q, k, v, tile_table, block, left, right, cos, sin, config)
 
@@ -277,6 +277,8 @@ def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor) -> Tensor:
     As `attention` without a window. cu_seqlens' values are not checked (they are on the device): keys outside kv are
     never read, and a sequence without keys gives zeros.
     """
+    if cu_seqlens.dim() != 1:
+        raise ValueError(f"cu_seqlens is {tuple(cu_seqlens.shape)}; it must be (B + 1,)")
     if kv.dim() != 4 or kv.shape[1] != 2 or q.shape != (len(cu_seqlens) - 1, *kv.shape[2:]):
         raise ValueError(f"q is {tuple(q.shape)}, kv {tuple(kv.shape)}; they must be (B, H, D) and (T, 2, H, D)")
     if cu_seqlens.dtype != torch.int32 or q.dtype != kv.dtype:
@@ -315,9 +317,13 @@ def _launch(
         raise ValueError(f"tile_table is {tuple(table.shape)} {table.dtype}; it must be what `tiles` gives")
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin must be given together")
+    if block not in (16, 32, 64, 128, 256):
+        raise ValueError(f"block is {block}; it must be 16, 32, 64, 128 or 256")
     for name, x in (("cos", cos), ("sin", sin)):
         if x is not None and not (x.shape[1:] == (D // 2,) and x.dtype == torch.float32 and x.is_contiguous()):
             raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; it must be (P, {D // 2}) float32, contiguous")
+    if cos is not None and sin is not None and not len(cos) == len(sin) >= 1:
+        raise ValueError(f"cos is {tuple(cos.shape)}, sin {tuple(sin.shape)}; both must have the same rows, 1 at least")
     out = torch.empty((Q, H, D), dtype=q.dtype, device=q.device)
     if out.numel() == 0 or len(table) == 0:
         return out
@@ -345,7 +351,9 @@ def _launch(
         BLOCK_M=block,
         ROPE=cos is not None,
         FLOAT=q.dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.JITFunction),
-        ONE_LOOP=q.dtype == torch.float32,  # its products are unrolled: twice would spill registers
+        # Twice the loop would spill registers where products are unrolled (fp32) or keys are turned; short sequences
+        # have one block of keys anyway.
+        ONE_LOOP=q.dtype == torch.float32 or block <= 64 or cos is not None,
         **(config or _config(block, D, q.dtype)),
     )
     return out

@@ -86,9 +86,9 @@ def _check(act: str, **tensors: Tensor) -> None:
             )
         if x.dtype not in _DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}; it must be float32, float16 or bfloat16")
-        if x.shape[1] > 1 and x.stride(1) != 1:
+        if x.numel() and x.shape[1] > 1 and x.stride(1) != 1:
             raise ValueError(f"the last dimension of {name} must be contiguous")
-        if len(x) * x.stride(0) >= 2**31:
+        if max(x.numel(), len(x) * x.stride(0)) >= 2**31:
             raise ValueError(f"{name} spans {len(x)} rows of {x.stride(0)} elements, 2^31 or more; split the batch")
     if act not in ACTIVATIONS:
         raise ValueError(f"act is {act!r}; it must be 'gelu' or 'silu'")
@@ -156,6 +156,8 @@ def geglu_backward(
 @torch.library.custom_op("modernbert_lite::geglu", mutates_args=())
 def geglu_op(x: Tensor, act: str, swapped: bool) -> Tensor:
     """(T, 2N) -> (T, N): `geglu` for torch.compile, torch.export and autograd."""
+    if x.dim() != 2 or x.shape[1] % 2:
+        raise ValueError(f"x is {tuple(x.shape)}; it must be (T, 2N)")
     activated, gate = x.chunk(2, -1)[:: -1 if swapped else 1]
     return geglu(activated, gate, act)
 
@@ -169,6 +171,7 @@ def geglu_backward_op(grad: Tensor, x: Tensor, act: str, swapped: bool) -> Tenso
 
 @geglu_op.register_fake
 def _(x, act, swapped):
+    torch._check(x.shape[1] % 2 == 0, lambda: f"x is {tuple(x.shape)}; it must be (T, 2N)")
     return x.new_empty(x.shape[0], x.shape[1] // 2)
 
 

@@ -127,10 +127,10 @@ def _check(weight: Tensor, bias: Tensor | None, **tensors: Tensor | None) -> Non
             raise ValueError(f"{name} is {tuple(parameter.shape)}; it must be ({like.shape[1]},), contiguous")
 
 
-def _shape(C: int) -> dict[str, int]:
-    """Rows a program, and warps: 4 rows of up to 1024, fewer of wider ones."""
+def _shape(C: int, numbers: int = 4096) -> dict[str, int]:
+    """Rows a program, and warps: 4 rows, fewer if they have more `numbers` than a program's registers should hold."""
     BLOCK = triton.next_power_of_2(C)
-    return {"ROWS": max(1, min(4, 4096 // BLOCK)), "BLOCK": BLOCK, "num_warps": 4 if BLOCK <= 4096 else 8}
+    return {"ROWS": max(1, min(4, numbers // BLOCK)), "BLOCK": BLOCK, "num_warps": 4 if BLOCK <= 4096 else 8}
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -199,7 +199,7 @@ def layer_norm_backward(
     """
     _check(weight, bias, x=x, grad=grad, grad_total=grad_total)
     T, C = x.shape
-    shape = _shape(C)
+    shape = _shape(C, 2048)  # it holds twice as many arrays as the forward pass
     groups = triton.cdiv(T, shape["ROWS"])
     # Programs stay while rows pass: four a multiprocessor fill it, and fewer partial sums are less to add up.
     programs = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2

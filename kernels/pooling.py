@@ -39,7 +39,7 @@ def _sum_kernel(
     cu_seqlens,
     weight,
     bias,
-    partial,  # (T // CHUNK + B + 1, C) fp32; sequence b's chunks start at row cu_seqlens[b] // CHUNK + b
+    partial,  # (T // CHUNK + B, C) fp32; sequence b's chunks start at row cu_seqlens[b] // CHUNK + b
     T,
     B,
     C,
@@ -60,9 +60,10 @@ def _sum_kernel(
             low = middle
         else:
             high = middle - 1
-    start = tl.maximum(tl.load(cu_seqlens + low), 0)
-    end = tl.minimum(tl.load(cu_seqlens + low + 1), T)
-    first = start + (slot - start // CHUNK - low) * CHUNK
+    # Clamped, so that no cu_seqlens leads outside of x.
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + low), 0), T)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + low + 1), start), T)
+    first = start + tl.maximum(slot - start // CHUNK - low, 0) * CHUNK
     last = tl.minimum(first + CHUNK, end)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for row in tl.range(first, last, ROWS):
@@ -92,8 +93,8 @@ def _finish_kernel(
     ROWS: tl.constexpr,
 ):
     b = tl.program_id(0)
-    start = tl.maximum(tl.load(cu_seqlens + b), 0)
-    end = tl.minimum(tl.load(cu_seqlens + b + 1), T)
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), T)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), start), T)
     column = tl.arange(0, BLOCK)
     known = column < C
     if MEAN:
@@ -137,8 +138,11 @@ def pool(
         raise ValueError("the last dimension of x must be contiguous")
     if len(x) * x.stride(0) >= 2**31:
         raise ValueError(f"x spans {len(x)} rows of {x.stride(0)} elements, 2^31 or more; split the batch")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (B + 1,) int32")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.stride(0) != 1:
+        raise ValueError(
+            f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, strides {cu_seqlens.stride()}; it must be "
+            "(B + 1,) int32, contiguous"
+        )
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and (parameter.shape != x.shape[1:] or not parameter.is_contiguous()):
             raise ValueError(f"{name} is {tuple(parameter.shape)}; it must be ({x.shape[1]},), contiguous")
@@ -154,7 +158,7 @@ def pool(
     shape = {"BLOCK": block, "CHUNK": CHUNK, "ROWS": max(1, min(4, 4096 // block))}
     partial = out
     if mode == "mean":
-        slots = T // CHUNK + B + 1
+        slots = T // CHUNK + B
         partial = torch.empty((slots, C), dtype=torch.float32, device=x.device)
         _sum_kernel[(slots,)](x, cu_seqlens, weight, bias, partial, T, B, C, eps, x.stride(0), **norm, **shape)
     flags = {"MEAN": mode == "mean", "UNIT": normalize}
@@ -177,8 +181,10 @@ def pool_backward_op(grad: Tensor, x: Tensor, cu_seqlens: Tensor, mode: str) -> 
         kept = lengths > 0
         out[cu_seqlens[:-1].long()[kept]] = grad[kept].to(x.dtype)
         return out
-    sequence = torch.repeat_interleave(lengths, output_size=len(x))
-    return out.copy_((grad / lengths.clamp(min=1)[:, None])[sequence])
+    row = torch.arange(len(x), device=x.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].long(), row, right=True)  # B for rows that no sequence has
+    shares = torch.cat([grad / lengths.clamp(min=1)[:, None], grad.new_zeros(1, x.shape[1])])
+    return out.copy_(shares[sequence])
 
 
 @pool_op.register_fake

@@ -34,10 +34,10 @@ def _rope_kernel(
     head = tl.program_id(0) % groups * BLOCK_H + tl.arange(0, BLOCK_H)  # q's, then k's
     column = tl.arange(0, PADDED)
     if POSITIONS:
-        place = tl.load(position_ids + token, mask=token < T, other=0).to(tl.int32)
+        place = tl.load(position_ids + token, mask=token < T, other=0)
     else:
         place = token
-    place = tl.minimum(tl.maximum(place, 0), P - 1)  # no position leads outside the tables
+    place = tl.minimum(tl.maximum(place, 0), P - 1).to(tl.int32)  # no position leads outside the tables
     angle = place[:, None] * HALF + column
     known = (token < T)[:, None] & (column < HALF)
     c = tl.load(cos + angle, mask=known, other=0.0)[:, None, :]
@@ -64,10 +64,12 @@ def rope_(
     cos, sin (P, D / 2) fp32, contiguous: row t is token t's, or with position_ids (T,) int32 or int64 row
     position_ids[t] (values beyond the tables take their first or last row). D even. Split halves (NeoX): pair j is
     (x[j], x[j + D/2]). inverse: rotates back, which is also the backward pass (the sine negated).
-    Raises ValueError, naming the argument, for what it can't do.
+    Raises ValueError, naming the argument, for what it can't do, a qkv that requires a gradient among it.
     """
     if qkv.dim() != 4 or qkv.shape[1] not in (1, 2, 3):
         raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D), or (T, 2, H, D), or (T, 1, H, D)")
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        raise ValueError("qkv requires a gradient, which a change in place would falsify: use rope_op")
     T, parts, H, D = qkv.shape
     turned = max(1, parts - 1)
     if qkv.dtype not in _DTYPES:
@@ -76,13 +78,15 @@ def rope_(
         raise ValueError(f"qkv has head_dim {D}; it must be even")
     if qkv.stride(3) != 1:
         raise ValueError("qkv must have a contiguous last dimension")
-    if T * qkv.stride(0) >= 2**31:
+    if T * qkv.stride(0) >= 2**31 or qkv.stride(1) + H * qkv.stride(2) >= 2**31:
         raise ValueError(f"qkv spans {T} rows of {qkv.stride(0)} elements, 2^31 or more; split the batch")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dim() != 2 or table.shape[1] != D // 2 or table.dtype != torch.float32 or not table.is_contiguous():
             raise ValueError(
                 f"{name} is {tuple(table.shape)} {table.dtype}; it must be (P, {D // 2}) float32, contiguous"
             )
+    if cos.numel() >= 2**31:
+        raise ValueError(f"cos has {cos.numel()} elements, 2^31 or more")
     if len(cos) != len(sin) or (T and len(cos) == 0) or (position_ids is None and len(cos) < T):
         raise ValueError(f"cos has {len(cos)} rows and sin {len(sin)}; T is {T}: there must be one a token or position")
     if position_ids is not None and (

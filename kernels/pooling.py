@@ -140,8 +140,7 @@ def pool(
         raise ValueError(f"x spans {len(x)} rows of {x.stride(0)} elements, 2^31 or more; split the batch")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.stride(0) != 1:
         raise ValueError(
-            f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, strides {cu_seqlens.stride()}; it must be "
-            "(B + 1,) int32, contiguous"
+            f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (B + 1,) int32, contiguous"
         )
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and (parameter.shape != x.shape[1:] or not parameter.is_contiguous()):

@@ -327,35 +327,36 @@ def _launch(
     out = torch.empty((Q, H, D), dtype=q.dtype, device=q.device)
     if out.numel() == 0 or len(table) == 0:
         return out
-    _attention_kernel[(len(table), H)](
-        q,
-        k,
-        v,
-        out,
-        table,
-        q if cos is None else cos,
-        q if sin is None else sin,
-        0 if cos is None else len(cos),
-        Q,
-        T,
-        D**-0.5 * _LOG2E,
-        q.stride(0),
-        k.stride(0),
-        out.stride(0),
-        q.stride(1),
-        k.stride(1),
-        out.stride(1),
-        LEFT=left,
-        RIGHT=right,
-        D=D,
-        BLOCK_M=block,
-        ROPE=cos is not None,
-        FLOAT=q.dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.JITFunction),
-        # Twice the loop would spill registers where products are unrolled (fp32) or keys are turned; short sequences
-        # have one block of keys anyway.
-        ONE_LOOP=q.dtype == torch.float32 or block <= 64 or cos is not None,
-        **(config or _config(block, D, q.dtype)),
-    )
+    with torch.cuda.device_of(q):  # triton launches on the current device
+        _attention_kernel[(len(table), H)](
+            q,
+            k,
+            v,
+            out,
+            table,
+            q if cos is None else cos,
+            q if sin is None else sin,
+            0 if cos is None else len(cos),
+            Q,
+            T,
+            D**-0.5 * _LOG2E,
+            q.stride(0),
+            k.stride(0),
+            out.stride(0),
+            q.stride(1),
+            k.stride(1),
+            out.stride(1),
+            LEFT=left,
+            RIGHT=right,
+            D=D,
+            BLOCK_M=block,
+            ROPE=cos is not None,
+            FLOAT=q.dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.JITFunction),
+            # Twice the loop would spill registers where products are unrolled (fp32) or keys are turned; short
+            # sequences have one block of keys anyway.
+            ONE_LOOP=q.dtype == torch.float32 or block <= 64 or cos is not None,
+            **(config or _config(block, D, q.dtype)),
+        )
     return out
 
 

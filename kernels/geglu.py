@@ -104,18 +104,19 @@ def geglu(activated: Tensor, gate: Tensor, act: str = "gelu") -> Tensor:
     T, N = activated.shape
     out = torch.empty((T, N), dtype=activated.dtype, device=activated.device)
     if out.numel():
-        _geglu_kernel[(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N),)](
-            activated,
-            gate,
-            out,
-            T,
-            N,
-            activated.stride(0),
-            gate.stride(0),
-            GELU=act == "gelu",
-            BLOCK_T=BLOCK_T,
-            BLOCK_N=BLOCK_N,
-        )
+        with torch.cuda.device_of(activated):  # triton launches on the current device
+            _geglu_kernel[(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N),)](
+                activated,
+                gate,
+                out,
+                T,
+                N,
+                activated.stride(0),
+                gate.stride(0),
+                GELU=act == "gelu",
+                BLOCK_T=BLOCK_T,
+                BLOCK_N=BLOCK_N,
+            )
     return out
 
 
@@ -130,22 +131,23 @@ def geglu_backward(
     out = torch.empty((T, 2 * N), dtype=activated.dtype, device=activated.device)
     if out.numel():
         grad_activated, grad_gate = out.chunk(2, -1)[:: -1 if swapped else 1]
-        _geglu_backward_kernel[(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N),)](
-            grad,
-            activated,
-            gate,
-            grad_activated,
-            grad_gate,
-            T,
-            N,
-            grad.stride(0),
-            activated.stride(0),
-            gate.stride(0),
-            out.stride(0),
-            GELU=act == "gelu",
-            BLOCK_T=BLOCK_T,
-            BLOCK_N=BLOCK_N,
-        )
+        with torch.cuda.device_of(activated):  # triton launches on the current device
+            _geglu_backward_kernel[(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N),)](
+                grad,
+                activated,
+                gate,
+                grad_activated,
+                grad_gate,
+                T,
+                N,
+                grad.stride(0),
+                activated.stride(0),
+                gate.stride(0),
+                out.stride(0),
+                GELU=act == "gelu",
+                BLOCK_T=BLOCK_T,
+                BLOCK_N=BLOCK_N,
+            )
     return out
 
 

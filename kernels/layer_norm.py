@@ -166,22 +166,23 @@ def _forward(
     T, C = x.shape
     shape = _shape(C)
     if T:
-        _layer_norm_kernel[(triton.cdiv(T, shape["ROWS"]),)](
-            x,
-            x if residual is None else residual,
-            weight,
-            weight if bias is None else bias,
-            y,
-            y if total is None else total,
-            T,
-            C,
-            eps,
-            x.stride(0),
-            x.stride(0) if residual is None else residual.stride(0),
-            RESIDUAL=residual is not None,
-            BIAS=bias is not None,
-            **shape,
-        )
+        with torch.cuda.device_of(x):  # triton launches on the current device
+            _layer_norm_kernel[(triton.cdiv(T, shape["ROWS"]),)](
+                x,
+                x if residual is None else residual,
+                weight,
+                weight if bias is None else bias,
+                y,
+                y if total is None else total,
+                T,
+                C,
+                eps,
+                x.stride(0),
+                x.stride(0) if residual is None else residual.stride(0),
+                RESIDUAL=residual is not None,
+                BIAS=bias is not None,
+                **shape,
+            )
 
 
 def layer_norm_backward(
@@ -208,24 +209,25 @@ def layer_norm_backward(
     partial_weight = torch.zeros((programs, C), dtype=torch.float32, device=x.device)
     partial_bias = None if bias is None else torch.zeros_like(partial_weight)
     if T:
-        _layer_norm_backward_kernel[(programs,)](
-            grad,
-            grad if grad_total is None else grad_total,
-            x,
-            weight,
-            grad_x,
-            partial_weight,
-            partial_weight if partial_bias is None else partial_bias,
-            T,
-            C,
-            eps,
-            grad.stride(0),
-            grad.stride(0) if grad_total is None else grad_total.stride(0),
-            x.stride(0),
-            RESIDUAL=grad_total is not None,
-            BIAS=bias is not None,
-            **shape,
-        )
+        with torch.cuda.device_of(x):  # triton launches on the current device
+            _layer_norm_backward_kernel[(programs,)](
+                grad,
+                grad if grad_total is None else grad_total,
+                x,
+                weight,
+                grad_x,
+                partial_weight,
+                partial_weight if partial_bias is None else partial_bias,
+                T,
+                C,
+                eps,
+                grad.stride(0),
+                grad.stride(0) if grad_total is None else grad_total.stride(0),
+                x.stride(0),
+                RESIDUAL=grad_total is not None,
+                BIAS=bias is not None,
+                **shape,
+            )
     grad_bias = None if partial_bias is None else partial_bias.sum(0).to(weight.dtype)
     return grad_x, partial_weight.sum(0).to(weight.dtype), grad_bias
 

@@ -159,9 +159,13 @@ def pool(
     if mode == "mean":
         slots = T // CHUNK + B
         partial = torch.empty((slots, C), dtype=torch.float32, device=x.device)
-        _sum_kernel[(slots,)](x, cu_seqlens, weight, bias, partial, T, B, C, eps, x.stride(0), **norm, **shape)
+        with torch.cuda.device_of(x):  # triton launches on the current device
+            _sum_kernel[(slots,)](x, cu_seqlens, weight, bias, partial, T, B, C, eps, x.stride(0), **norm, **shape)
     flags = {"MEAN": mode == "mean", "UNIT": normalize}
-    _finish_kernel[(B,)](x, cu_seqlens, weight, bias, partial, out, T, C, eps, x.stride(0), **flags, **norm, **shape)
+    with torch.cuda.device_of(x):  # triton launches on the current device
+        _finish_kernel[(B,)](
+            x, cu_seqlens, weight, bias, partial, out, T, C, eps, x.stride(0), **flags, **norm, **shape
+        )
     return out
 
 

@@ -100,25 +100,26 @@ def rope_(
         )
     if qkv.numel():
         grid = (triton.cdiv(T, BLOCK_T) * triton.cdiv(turned * H, BLOCK_H),)
-        _rope_kernel[grid](
-            qkv,
-            cos,
-            sin,
-            cos if position_ids is None else position_ids,
-            T,
-            len(cos),
-            H,
-            qkv.stride(0),
-            qkv.stride(1),
-            qkv.stride(2),
-            TURNED=turned,
-            HALF=D // 2,
-            PADDED=triton.next_power_of_2(D // 2),
-            POSITIONS=position_ids is not None,
-            INVERSE=inverse,
-            BLOCK_T=BLOCK_T,
-            BLOCK_H=BLOCK_H,
-        )
+        with torch.cuda.device_of(qkv):  # triton launches on the current device
+            _rope_kernel[grid](
+                qkv,
+                cos,
+                sin,
+                cos if position_ids is None else position_ids,
+                T,
+                len(cos),
+                H,
+                qkv.stride(0),
+                qkv.stride(1),
+                qkv.stride(2),
+                TURNED=turned,
+                HALF=D // 2,
+                PADDED=triton.next_power_of_2(D // 2),
+                POSITIONS=position_ids is not None,
+                INVERSE=inverse,
+                BLOCK_T=BLOCK_T,
+                BLOCK_H=BLOCK_H,
+            )
     return qkv
 
 

@@ -8,6 +8,7 @@ tiles without queries.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import warnings
@@ -60,6 +61,7 @@ class Graphed:
         max_tokens: int = MAX_TOKENS,
         max_graphs: int = MAX_GRAPHS,
     ):
+        self.network = network
         self.forward: Forward = network if forward is None else forward
         self.max_tokens, self.max_graphs = max_tokens, max_graphs
         self.config: Any = network.config
@@ -75,6 +77,11 @@ class Graphed:
         self._seen: Counter[Key] = Counter()
         self._lock = threading.Lock()
         self._pool: Any = None
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles begin without graphs."""
+        new = functools.partial(type(self), max_tokens=self.max_tokens, max_graphs=self.max_graphs)
+        return new, (self.network, None if self.forward is self.network else self.forward)
 
     def __call__(self, batch: PackedBatch, *arguments: Hashable) -> Tensor:
         """forward(batch, *arguments), with its errors."""
@@ -95,6 +102,8 @@ class Graphed:
         if not isinstance(batch, PackedBatch) or os.environ.get(_SWITCH, "1") == "0":
             return False
         weight = next(self._tensors())
+        if batch.input_ids.device != weight.device:
+            return False
         if not 0 < len(batch.input_ids) <= self.max_tokens or 0 in batch.seqlens or not _can_capture(weight.device):
             return False
         if torch.is_autocast_enabled() or gpu.wants_gradient(*self._tensors()):

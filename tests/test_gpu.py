@@ -343,3 +343,17 @@ def test_training_equals_fp32_reference_gradients(make_checkpoint, monkeypatch):
     for key, expected in truth.items():
         bound = 2 * (plain[key] - expected).norm() + 1e-3 * expected.norm() + 1e-6
         assert (got[key] - expected).norm() <= bound, key
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_a_model_on_the_second_card(monkeypatch):
+    """Triton launches on the current device, which is the first."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    texts = ["one", "two words", "a third text"] * 3
+    expected = ml.Embedder.from_pretrained("tiny", device="cuda:0").encode(texts)
+    model = ml.Embedder.from_pretrained("tiny", device="cuda:1")
+    for _ in range(3):
+        assert np.allclose(model.encode(texts), expected, atol=1e-3)
+    assert torch.cuda.current_device() == 0

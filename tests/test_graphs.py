@@ -1,7 +1,9 @@
 """CUDA graphs: buckets, padding and replay. Without a GPU a capture is stood in for by one that runs the same function
 on the same static batch again, with Triton's kernels interpreted; the tests marked gpu capture for real."""
 
+import copy
 import os
+import pickle
 import threading
 
 import pytest
@@ -269,6 +271,27 @@ def test_an_embedder_gives_the_same_with_and_without(captures):
     for text in ("one", "two words", "a third text"):
         assert abs(with_graphs.encode(text) - without.encode(text)).max() <= 1e-5
     assert len(captures) == 1
+
+
+def test_copies_and_pickles_begin_without_graphs(captures):
+    model = ml.Embedder.from_pretrained("tiny", device=DEVICE, dtype="float32")
+    expected = [model.encode("one") for _ in range(2)][1]
+    assert len(captures) == 1
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.network._graphs == {}
+        assert other.network.network is other.model
+        for _ in range(2):
+            assert abs(other.encode("one") - expected).max() <= 1e-6
+    assert len(captures) == 3
+
+
+def test_a_batch_on_another_device_is_left_to_the_network(captures):
+    graphed = graphs.Graphed(small_model(1))
+    batch = batch_of(20).to("meta")
+    for _ in range(3):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            graphed(batch)
+    assert captures == []
 
 
 @pytest.mark.gpu

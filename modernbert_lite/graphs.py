@@ -32,13 +32,14 @@ Key = tuple[Hashable, ...]
 
 
 def bucket_of(tokens: int, sequences: int) -> tuple[int, int]:
-    """The shapes that stand for these, never fewer: tokens in steps of at most a quarter, sequences by powers of two,
-    and more tokens than sequences, so that a result's length tells of which it is.
+    """The shapes that stand for these, never fewer: tokens in steps of at most a quarter, sequences by powers of two.
+    More tokens than sequences, so that a result's length tells of which it is; and where sequences are added a token
+    is, too, which is the first of those that have none.
 
-    (20, 1) -> (32, 1), (130, 3) -> (160, 4), (1100, 40) -> (1280, 64), (64, 64) -> (80, 64)
+    (20, 1) -> (32, 1), (130, 3) -> (160, 4), (64, 2) -> (64, 2), (64, 3) -> (80, 4), (64, 64) -> (80, 64)
     """
     several = 1 << (sequences - 1).bit_length()
-    room = max(tokens, several + 1, 32)
+    room = max(tokens + (several > sequences), several + 1, 32)
     step = max(8, 1 << (room - 1).bit_length() - 3)
     return -(-room // step) * step, several
 

@@ -171,7 +171,7 @@ class Bench:
 
         providers = {
             "torch": lambda qkv, q: self.ops.row_attention(q, qkv[:, 1:], self.batch),
-            "triton": lambda qkv, q: self.kernel.row_attention(q, qkv[:, 1:], self.batch.cu_seqlens),
+            "triton": lambda qkv, q: self.kernel.row_attention(q, qkv[:, 1:], self.batch.cu_seqlens, check=False),
             "triton, all rows": lambda qkv, q: ours(qkv)[self.first],
         }
         return Case(

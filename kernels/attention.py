@@ -181,7 +181,8 @@ def _attention_kernel(
 
 
 def block_m(max_seqlen: int, dtype: torch.dtype, local: bool) -> int:
-    """Queries a tile, for `tiles`: few in local layers (a wide tile meets keys that most of its queries don't see)."""
+    """Queries a tile, for `tiles`: few in layers with a window (`local`), where a wide tile meets keys that most of its
+    queries don't see."""
     if dtype == torch.float32:
         return 32
     return 64 if local or max_seqlen <= 64 else 128
@@ -254,13 +255,18 @@ def attention(
     cu_seqlens (B + 1,) int32. Token i sees i - left to i + right of its own sequence, inclusive; -1 is unlimited.
     cos, sin (P, D / 2) fp32: RoPE is applied to q and k as they are loaded, row p of the tables to the token at place
     p of its sequence (the last row to any beyond), and the result rounded to qkv's dtype.
-    tile_table and block: what `tiles` gave for these sequences; without them cu_seqlens is brought to the host, which
-    waits for the device. config: BLOCK_N, num_warps, num_stages, to measure others.
+    tile_table and block: what `tiles` gave for these sequences and this block (neither is checked: another table gives
+    other numbers), and cu_seqlens is not looked at; without them it is brought to the host, which waits for the device.
+    config: BLOCK_N, num_warps, num_stages, to measure others.
     Raises ValueError, naming the argument, for what it can't do.
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D)")
     T = len(qkv)
+    if not isinstance(window_size, (tuple, list)) or [type(side) for side in window_size] != [int, int]:
+        raise ValueError(
+            f"window_size is {window_size!r}; it must be two whole numbers, (left, right), -1 for no limit"
+        )
     left, right = (-1 if side < 0 else min(int(side), 2**30) for side in window_size)
     if tile_table is None or block is None:
         values = check_cu_seqlens(cu_seqlens, T)
@@ -271,11 +277,12 @@ def attention(
     return _launch(q, k, v, tile_table, block, left, right, cos, sin, config)
 
 
-def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor) -> Tensor:
+def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, check: bool = True) -> Tensor:
     """One query a sequence, over all of its keys: q (B, H, D), kv (T, 2, H, D), cu_seqlens (B + 1,) int32 -> (B, H, D).
 
-    As `attention` without a window. cu_seqlens' values are not checked (they are on the device): keys outside kv are
-    never read, and a sequence without keys gives zeros.
+    As `attention` without a window. A sequence without keys gives zeros. check: bring cu_seqlens to the host, which
+    waits for the device, and raise ValueError unless it starts at 0, never decreases and ends at T; without it no key
+    outside kv is read either.
     """
     if cu_seqlens.dim() != 1:
         raise ValueError(f"cu_seqlens is {tuple(cu_seqlens.shape)}; it must be (B + 1,)")
@@ -285,6 +292,8 @@ def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor) -> Tensor:
         raise ValueError(
             f"cu_seqlens is {cu_seqlens.dtype}, q {q.dtype}, kv {kv.dtype}; int32 and one dtype are needed"
         )
+    if check and len(q):
+        check_cu_seqlens(cu_seqlens, len(kv))
     row = torch.arange(len(q), dtype=torch.int32, device=q.device)
     table = torch.stack([row, row + 1, cu_seqlens[:-1], cu_seqlens[1:]], 1)
     k, v = kv.unbind(1)
@@ -315,6 +324,11 @@ def _launch(
         raise ValueError(f"qkv spans {T} rows of {k.stride(0)} elements, 2^31 or more; split the batch")
     if table.dim() != 2 or table.shape[1] != 4 or table.dtype != torch.int32 or not table.is_contiguous():
         raise ValueError(f"tile_table is {tuple(table.shape)} {table.dtype}; it must be what `tiles` gives")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("qkv requires a gradient, which this function has none of: use attention_op, or no_grad")
+    for name, x in (("kv", k), ("tile_table", table), ("cos", cos), ("sin", sin)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, the queries on {q.device}; they must be on one device")
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin must be given together")
     if block not in (16, 32, 64, 128, 256):
@@ -416,7 +430,7 @@ attention_op.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op("modernbert_lite::row_attention", mutates_args=())
 def row_attention_op(q: Tensor, kv: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`row_attention` for torch.compile and torch.export; no gradient (ops takes plain torch for one)."""
-    return row_attention(q, kv, cu_seqlens)
+    return row_attention(q, kv, cu_seqlens, check=False)
 
 
 @row_attention_op.register_fake

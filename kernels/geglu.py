@@ -84,6 +84,10 @@ def _check(act: str, **tensors: Tensor) -> None:
                 f"{name} is {tuple(x.shape)} {x.dtype}, {first} {tuple(like.shape)} {like.dtype}; "
                 f"{', '.join(tensors)} must be (T, N) of one dtype"
             )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which this function has none of: use geglu_op, or no_grad")
+        if x.device != like.device:
+            raise ValueError(f"{name} is on {x.device}, {first} on {like.device}; they must be on one device")
         if x.dtype not in _DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}; it must be float32, float16 or bfloat16")
         if x.numel() and x.shape[1] > 1 and x.stride(1) != 1:

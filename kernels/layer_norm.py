@@ -122,6 +122,11 @@ def _check(weight: Tensor, bias: Tensor | None, **tensors: Tensor | None) -> Non
             raise ValueError(f"the last dimension of {name} must be contiguous")
         if len(x) * x.stride(0) >= 2**31:
             raise ValueError(f"{name} spans {len(x)} rows of {x.stride(0)} elements, 2^31 or more; split the batch")
+    for name, other in (*tensors.items(), ("weight", weight), ("bias", bias)):
+        if other is not None and torch.is_grad_enabled() and other.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which this function has none of: use its _op, or no_grad")
+        if other is not None and other.device != like.device:
+            raise ValueError(f"{name} is on {other.device}, {first} on {like.device}; they must be on one device")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and (parameter.shape != like.shape[1:] or not parameter.is_contiguous()):
             raise ValueError(f"{name} is {tuple(parameter.shape)}; it must be ({like.shape[1]},), contiguous")

@@ -4,6 +4,8 @@ Two passes, so that one long sequence is not left to one program, and no sum dep
 of up to CHUNK tokens, then a program a sequence over its chunks.
 """
 
+from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
@@ -123,12 +125,14 @@ def pool(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     normalize: bool = False,
+    check: bool = True,
 ) -> Tensor:
     """x (T, C), cu_seqlens (B + 1,) int32 -> (B, C) fp32: "mean" of each sequence's tokens, or "cls", its first one.
 
     weight, bias (C,): a LayerNorm with `eps` before it. normalize: unit length after it. An empty sequence gives zeros.
-    cu_seqlens' values are not checked (they are on the device): no row outside x is read. Raises ValueError, naming
-    the argument, for what it can't do.
+    check: bring cu_seqlens to the host, which waits for the device, and refuse one that doesn't start at 0, decreases
+    or doesn't end at T; without it no row outside x is read either. Raises ValueError, naming the argument, for what
+    it can't do.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
@@ -147,7 +151,17 @@ def pool(
             raise ValueError(f"{name} is {tuple(parameter.shape)}; it must be ({x.shape[1]},), contiguous")
     if bias is not None and weight is None:
         raise ValueError("bias was given without weight")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("x requires a gradient, which this function has none of: use pool_op, or no_grad")
+    if x.device != cu_seqlens.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, x on {x.device}; they must be on one device")
     (T, C), B = x.shape, len(cu_seqlens) - 1
+    if check and B:
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != T or any(a > b for a, b in pairwise(ends)):
+            raise ValueError(
+                f"cu_seqlens is {ends[:8]}..{ends[-1]}; it must start at 0, never decrease, end at T = {T}"
+            )
     out = torch.empty((B, C), dtype=torch.float32, device=x.device)
     if B == 0:
         return out
@@ -172,7 +186,7 @@ def pool(
 @torch.library.custom_op("modernbert_lite::pool", mutates_args=())
 def pool_op(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
     """`pool` without norms, for torch.compile, torch.export and autograd."""
-    return pool(x, cu_seqlens, mode)
+    return pool(x, cu_seqlens, mode, check=False)
 
 
 @torch.library.custom_op("modernbert_lite::pool_backward", mutates_args=())

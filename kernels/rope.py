@@ -89,6 +89,9 @@ def rope_(
         raise ValueError(f"cos has {cos.numel()} elements, 2^31 or more")
     if len(cos) != len(sin) or (T and len(cos) == 0) or (position_ids is None and len(cos) < T):
         raise ValueError(f"cos has {len(cos)} rows and sin {len(sin)}; T is {T}: there must be one a token or position")
+    for name, x in (("cos", cos), ("sin", sin), ("position_ids", position_ids)):
+        if x is not None and x.device != qkv.device:
+            raise ValueError(f"{name} is on {x.device}, qkv on {qkv.device}; they must be on one device")
     if position_ids is not None and (
         position_ids.shape != (T,)
         or position_ids.dtype not in (torch.int32, torch.int64)
@@ -123,15 +126,10 @@ def rope_(
     return qkv
 
 
-@torch.library.custom_op("modernbert_lite::rope_", mutates_args={"qkv"})
-def rope_inplace_op(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> None:
-    """`rope_` for torch.compile and torch.export, where no gradient is asked for."""
-    rope_(qkv, cos, sin, position_ids)
-
-
 @torch.library.custom_op("modernbert_lite::rope", mutates_args=())
 def rope_op(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, inverse: bool) -> Tensor:
-    """`rope_` on a copy, for autograd: its backward is itself with the sine negated."""
+    """`rope_` on a copy, for torch.compile, torch.export and autograd: its backward is itself with the sine negated.
+    (An operator in place can't carry a gradient, and would lose it silently.)"""
     copy = qkv.clone(memory_format=torch.contiguous_format)
     return rope_(copy, cos, sin, position_ids, inverse=inverse)
 

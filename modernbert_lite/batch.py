@@ -32,7 +32,7 @@ class PackedBatch:
     input_ids: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (B + 1,) int32, where each sequence starts and the last one ends
     max_seqlen: int
-    position_ids: Tensor  # (T,) int64, from 0 in each sequence
+    position_ids: Tensor  # (T,) int64, from 0 in each sequence: 0, 1, .. to its length - 1
     seqlens: tuple[int, ...]  # the lengths on the host: asking the device for them would wait for it
     max_id: int  # the largest id, on the host for the same reason (-1 if T is 0)
     # What ops derive from the batch once for all layers; `to` and `replace` start anew.
@@ -49,10 +49,11 @@ class PackedBatch:
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """Without waiting: to a GPU from pinned memory, since a copy from any other first waits for what runs there."""
-    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+    """To a GPU without waiting, from pinned memory, since a copy from any other first waits for what runs there."""
+    to_gpu = torch.device(device).type == "cuda"
+    if to_gpu and x.device.type == "cpu":
         x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    return x.to(device, non_blocking=to_gpu)  # towards the host it must wait: the caller reads at once
 
 
 def pack(sequences: Iterable[Sequence[int] | Tensor], device: torch.device | str | None = None) -> PackedBatch:

@@ -58,9 +58,7 @@ def onednn_works() -> bool:
 
 
 def can_multiply(x: Tensor, weight: Tensor) -> bool:
-    """Inference in fp32 on the CPU with a weight whose changes can be seen; torch.compile chooses for itself."""
-    if torch.compiler.is_compiling():
-        return False
+    """Inference in fp32 on the CPU with a weight whose changes can be seen."""
     plain = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return plain and not tracked and not weight.is_inference() and x.dim() == 2 and len(x) > 0 and onednn_works()

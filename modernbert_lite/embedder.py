@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class Embedder(Pipeline):
         self.similarity_fn_name = sentence.similarity_fn_name
         self.pooling = sentence.pooling or Pooling()
         self.normalizes = sentence.normalize
-        self.network = self.graphed(self.model, self._forward)
+        self.network = self.graphed(self.model, partial(_forward, self.model, self.pooling.modes))
         self.dense = [Dense(checkpoint.root / path, self.device) for path in sentence.dense_paths]
         self.dimension = self.config.hidden_size * len(self.pooling.modes)
         for path, dense in zip(sentence.dense_paths, self.dense, strict=True):
@@ -54,10 +55,6 @@ class Embedder(Pipeline):
                 raise CheckpointError(f"{path}: in_features is {dense.in_features}; it gets {self.dimension}")
             self.dimension = dense.out_features
         self.truncate_dim = self._check_dim(truncate_dim)
-
-    def _forward(self, batch: PackedBatch, alone: bool) -> Tensor:
-        """Of every token, (T, C), or of those alone that the pooling takes, (B, C)."""
-        return self.model(batch, pooling.rows(batch, self.pooling.modes) if alone else None)
 
     def encode(
         self,
@@ -179,3 +176,9 @@ def _gather(stream: Iterator[np.ndarray], total: int | None, width: int) -> np.n
         out[filled : filled + len(block)] = block
         filled += len(block)
     return out
+
+
+def _forward(model: Any, modes: Sequence[str], batch: PackedBatch, alone: bool) -> Tensor:
+    """Of every token, (T, C), or of those alone that the pooling takes, (B, C)."""
+    hidden: Tensor = model(batch, pooling.rows(batch, modes) if alone else None)
+    return hidden

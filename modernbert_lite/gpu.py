@@ -21,10 +21,14 @@ NARROW = 64  # up to this length of the longest sequence all tiles are narrow
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@functools.cache
 def works(device: torch.device) -> bool:
     """Whether Triton runs on this device: it may be missing, or the C compiler that it needs. Tried once, with one
-    warning if it fails."""
+    warning if it fails; taken for granted while something traces, when nothing can be tried."""
+    return torch.compiler.is_compiling() or _works(device)
+
+
+@functools.cache
+def _works(device: torch.device) -> bool:
     try:
         from .kernels import geglu
 
@@ -36,11 +40,35 @@ def works(device: torch.device) -> bool:
         return False
 
 
-@constant
 def has_matrix_units(device: torch.device) -> bool:
     """Whether Triton's products use them: before NVIDIA's Ampere (V100, T4) they would be done one number at a time,
     and torch's own attention is the faster one. True for AMD's cards and the interpreter."""
     return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@constant
+def attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the attention kernel takes such heads here. Tried once, as `works` is: a card may have too little shared
+    memory for it."""
+    from .kernels import attention as kernel
+
+    if head_dim not in kernel.HEAD_DIMS or not has_matrix_units(device):
+        return False
+    return torch.compiler.is_compiling() or _attention_works(device, dtype, head_dim)
+
+
+@functools.cache
+def _attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    from .kernels import attention as kernel
+
+    qkv = torch.ones((1, 3, 1, head_dim), dtype=dtype, device=device)
+    ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    try:
+        return bool((kernel.attention(qkv, ends, block=kernel.block_m(1 << 20, dtype, False)) == 1).all())
+    except Exception as error:  # noqa: BLE001  as in `works`
+        why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        warnings.warn(f"the attention kernel can't be used here ({why}); using torch, which is slower", stacklevel=2)
+        return False
 
 
 def traced(*tensors: Tensor | None) -> bool:
@@ -55,11 +83,8 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> Tensor:
     from .kernels import rope as kernel
 
-    if wants_gradient(x):
+    if traced(x):
         return kernel.rope_op(x, cos, sin, position_ids, False)
-    if torch.compiler.is_compiling():
-        kernel.rope_inplace_op(x, cos, sin, position_ids)
-        return x
     return kernel.rope_(x, cos, sin, position_ids)
 
 
@@ -82,9 +107,7 @@ def geglu(x: Tensor, act: str) -> Tensor:
 
 def can_attend(qkv: Tensor) -> bool:
     """Whether the kernel takes these heads on this device."""
-    from .kernels import attention as kernel
-
-    return qkv.shape[-1] in kernel.HEAD_DIMS and has_matrix_units(qkv.device)
+    return attention_works(qkv.device, qkv.dtype, qkv.shape[-1])
 
 
 def attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int]) -> Tensor:
@@ -131,8 +154,9 @@ def padded_tile_table(seqlens: Sequence[int], block: int, tokens: int, count: in
 def row_attention(q: Tensor, kv: Tensor, batch: PackedBatch) -> Tensor:
     from .kernels import attention as kernel
 
-    attend: Any = kernel.row_attention_op if torch.compiler.is_compiling() else kernel.row_attention
-    return attend(q, kv, batch.cu_seqlens)
+    if torch.compiler.is_compiling():
+        return kernel.row_attention_op(q, kv, batch.cu_seqlens)
+    return kernel.row_attention(q, kv, batch.cu_seqlens, check=False)
 
 
 def has_varlen_attn(qkv: Tensor) -> bool:
@@ -142,6 +166,7 @@ def has_varlen_attn(qkv: Tensor) -> bool:
         qkv.is_cuda
         and qkv.dtype in (torch.bfloat16, torch.float16)
         and qkv.shape[-1] % 8 == 0
+        and qkv.shape[-1] <= 256
         and torch.version.hip is None
         and has_matrix_units(qkv.device)
         and torch_has_varlen_attn()
@@ -174,4 +199,6 @@ def varlen_attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, in
 def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor:
     from .kernels import pooling as kernel
 
-    return kernel.pool_op(x, batch.cu_seqlens, "mean") if traced(x) else kernel.pool(x, batch.cu_seqlens, "mean")
+    if traced(x):
+        return kernel.pool_op(x, batch.cu_seqlens, "mean")
+    return kernel.pool(x, batch.cu_seqlens, "mean", check=False)

@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -24,7 +24,7 @@ from .batch import PackedBatch, to_device
 from .model import check_batch
 
 MAX_TOKENS = 4096
-MAX_GRAPHS = 32
+MAX_GRAPHS = 64
 _SWITCH = "MODERNBERT_LITE_CUDA_GRAPHS"
 
 Forward = Callable[..., Tensor]
@@ -32,13 +32,13 @@ Key = tuple[Hashable, ...]
 
 
 def bucket_of(tokens: int, sequences: int) -> tuple[int, int]:
-    """The shapes that stand for these, never fewer: tokens in steps of at most a quarter, sequences by powers of two.
+    """The shapes that stand for these, never fewer: tokens in steps of at most a quarter, sequences by powers of four.
     More tokens than sequences, so that a result's length tells of which it is; and where sequences are added a token
     is, too, which is the first of those that have none.
 
-    (20, 1) -> (32, 1), (130, 3) -> (160, 4), (64, 2) -> (64, 2), (64, 3) -> (80, 4), (64, 64) -> (80, 64)
+    (20, 1) -> (32, 1), (130, 3) -> (160, 4), (64, 4) -> (64, 4), (64, 3) -> (80, 4), (64, 64) -> (80, 64)
     """
-    several = 1 << (sequences - 1).bit_length()
+    several = 1 << ((sequences - 1).bit_length() + 1) // 2 * 2
     room = max(tokens + (several > sequences), several + 1, 32)
     step = max(8, 1 << (room - 1).bit_length() - 3)
     return -(-room // step) * step, several
@@ -47,11 +47,12 @@ def bucket_of(tokens: int, sequences: int) -> tuple[int, int]:
 class Graphed:
     """`forward` of a network, replayed from CUDA graphs where that is faster and the same; called as it is elsewhere.
 
-    network: its `config` has vocab_size; its weights may be written to or replaced, its modules may not.
-    forward: called with a PackedBatch and hashable arguments, gives a tensor of a row a token or a row a sequence;
-    default: the network itself. Batches of up to max_tokens are captured when their bucket is seen for the second time;
-    at most max_graphs are kept, those used last, and all share one memory pool. Results are copies. Threads may call
-    it; they take turns. MODERNBERT_LITE_CUDA_GRAPHS=0 turns it off.
+    network: its `config` has vocab_size; its weights may be written to or replaced, its modules may not; hooks don't
+    run in a replay. forward: called with a PackedBatch and hashable arguments, gives a tensor of a row a token or a row
+    a sequence; default: the network itself. Batches of up to max_tokens are captured when their bucket is seen for the
+    second time. At most max_graphs are kept, which share one stream and one memory pool; when there are more they all
+    go, and a bucket must then be seen twice as often. Results are copies. Threads may call it; they take turns.
+    MODERNBERT_LITE_CUDA_GRAPHS=0 turns it off.
     """
 
     def __init__(
@@ -65,7 +66,6 @@ class Graphed:
         self.network = network
         self.forward: Forward = network if forward is None else forward
         self.max_tokens, self.max_graphs = max_tokens, max_graphs
-        self.config: Any = network.config
         # Walking the modules takes longer than a small pass, so only once.
         self._weights: list[tuple[Any, str]] = [
             (module._parameters, name)
@@ -73,11 +73,23 @@ class Graphed:
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
-        self._addresses: tuple[int, ...] = ()
-        self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
-        self._seen: Counter[Key] = Counter()
         self._lock = threading.Lock()
-        self._pool: Any = None
+        self._failed = False
+        self._sightings = 2  # of a bucket, before it is captured: it may never come again
+        self._seen: Counter[Key] = Counter()
+        self._graphs: dict[Key, _Graph] = {}
+        self._device: _Device | None = None
+        self._addresses = self._where()
+
+    def _where(self) -> tuple[int, ...]:
+        return tuple(weight.data_ptr() for weight in self._tensors())
+
+    def _start_anew(self) -> None:
+        """Drops all graphs at once: one that goes alone may take the others' workspace of the matrix library along."""
+        if self._device is not None:
+            self._device.synchronize()
+        self._device, self._graphs, self._addresses = None, {}, self._where()
+        self._seen.clear()
 
     def __reduce__(self) -> Any:
         """Copies and pickles begin without graphs."""
@@ -88,75 +100,109 @@ class Graphed:
         """forward(batch, *arguments), with its errors."""
         if not self._applies(batch):
             return self.forward(batch, *arguments)
-        check_batch(batch, self.config)  # a replay runs no Python
+        check_batch(batch, self._config)  # a replay runs no Python
         with self._lock:
-            addresses = tuple(weight.data_ptr() for weight in self._tensors())
-            if addresses != self._addresses:  # other weights: a graph would read the old ones
-                self._graphs.clear()
-                self._addresses = addresses
+            if self._addresses != self._where():  # other weights: a graph would read the old ones
+                self._start_anew()
             graph = self._find(batch, arguments)
             if graph is not None:
                 return graph(batch)
         return self.forward(batch, *arguments)
 
+    @property
+    def _config(self) -> Any:
+        return self.network.config
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (parameters[name] for parameters, name in self._weights)
+
     def _applies(self, batch: PackedBatch) -> bool:
-        if not isinstance(batch, PackedBatch) or os.environ.get(_SWITCH, "1") == "0":
+        if self._failed or not isinstance(batch, PackedBatch) or os.environ.get(_SWITCH, "1") == "0":
             return False
         weight = next(self._tensors())
-        if batch.input_ids.device != weight.device:
+        if batch.input_ids.device != weight.device or not _can_capture(weight.device):
             return False
-        if not 0 < len(batch.input_ids) <= self.max_tokens or 0 in batch.seqlens or not _can_capture(weight.device):
+        if not 0 < len(batch.input_ids) <= self.max_tokens or 0 in batch.seqlens:
             return False
         if torch.is_autocast_enabled() or gpu.wants_gradient(*self._tensors()):
             return False
         # Other backends ask the host for lengths, and a replay has no host.
-        head = torch.empty((0, self.config.head_dim), device=weight.device, dtype=weight.dtype)
-        return ops.backend("attention", weight) == "triton" and gpu.can_attend(head)
-
-    def _tensors(self) -> Iterator[Tensor]:
-        return (parameters[name] for parameters, name in self._weights)
+        works = gpu.attention_works(weight.device, weight.dtype, self._config.head_dim)
+        return works and ops.backend("attention", weight) == "triton"
 
     def _find(self, batch: PackedBatch, arguments: tuple[Hashable, ...]) -> _Graph | None:
         tokens, sequences = bucket_of(len(batch.input_ids), len(batch.seqlens))
         wide = batch.max_seqlen > gpu.NARROW
         key = (tokens, sequences, wide, arguments, os.environ.get("MODERNBERT_LITE_BACKEND"))
-        if key not in self._graphs:
-            self._seen[key] += 1
-            if self._seen[key] < 2:  # it may never come again
-                return None
-            while len(self._graphs) >= self.max_graphs:
-                self._graphs.popitem(last=False)
-            try:
-                if self._pool is None and batch.input_ids.is_cuda:
-                    self._pool = torch.cuda.graph_pool_handle()
-                static = _static_batch(batch, tokens, sequences, wide, next(self._tensors()).dtype)
-                _fill(static, batch)  # the capture runs it: on real tokens, not on what memory holds
-                self._graphs[key] = _Graph(static, lambda: self.forward(static, *arguments), self._pool)
-            except RuntimeError as error:  # also when memory runs out
-                self.max_tokens = 0
-                warnings.warn(f"no CUDA graphs here ({str(error).splitlines()[0]}); going on without", stacklevel=3)
-                return None
-        self._graphs.move_to_end(key)
-        return self._graphs[key]
+        if key in self._graphs:
+            return self._graphs[key]
+        self._seen[key] += 1
+        if self._seen[key] < self._sightings:
+            return None
+        if len(self._graphs) >= self.max_graphs:
+            self._start_anew()
+            self._sightings *= 2  # more buckets than graphs: capture only what comes often
+            return None
+        try:
+            self._device = self._device or _Device(batch.input_ids.device)
+            static = _static_batch(batch, tokens, sequences, wide, next(self._tensors()).dtype)
+            self._graphs[key] = _Graph(static, lambda: self.forward(static, *arguments), self._device, batch)
+        except RuntimeError as error:  # also when memory runs out
+            self._failed = True
+            warnings.warn(f"no CUDA graphs here ({str(error).splitlines()[0]}); going on without", stacklevel=3)
+        return self._graphs.get(key)
+
+
+class _Device:
+    """What the graphs of one Graphed share. Pool and stream go together: the allocator gives memory again on the stream
+    that had it only."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        with torch.cuda.device(device):
+            self.stream, self.pool, self.done = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.Event()
+
+    def wait(self) -> None:
+        """Whichever graph ran last, on any stream, must be done: they share memory."""
+        torch.cuda.current_stream(self.device).wait_event(self.done)
+
+    def leave(self) -> None:
+        self.done.record(torch.cuda.current_stream(self.device))
+
+    def synchronize(self) -> None:
+        self.done.synchronize()
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What replays `run`, and the tensor that it then fills."""
+        with torch.cuda.device(self.device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                for _ in range(2):  # compiles kernels, makes tables and workspaces: none of that may be in a capture
+                    run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                output = run()
+        return graph.replay, output
 
 
 class _Graph:
     """One captured pass over a static batch."""
 
-    def __init__(self, static: PackedBatch, run: Callable[[], Tensor], pool: Any):
-        self.static = static
-        self.replay, self.output = _capture(run, static.input_ids.device, pool)
-        self.done: Any = torch.cuda.Event() if static.input_ids.is_cuda else None
+    def __init__(self, static: PackedBatch, run: Callable[[], Tensor], device: _Device, batch: PackedBatch):
+        self.static, self.device = static, device
+        device.wait()
+        _fill(static, batch)  # the capture runs it: on real tokens, not on what memory holds
+        self.replay, self.output = device.capture(run)
+        device.leave()
 
     def __call__(self, batch: PackedBatch) -> Tensor:
-        if self.done is not None:  # another stream's replay may still read the inputs
-            torch.cuda.current_stream(self.output.device).wait_event(self.done)
+        self.device.wait()
         _fill(self.static, batch)
         self.replay()
         per_token = len(self.output) == len(self.static.input_ids)
         result = self.output[: len(batch.input_ids) if per_token else len(batch.seqlens)].clone()
-        if self.done is not None:
-            self.done.record(torch.cuda.current_stream(self.output.device))
+        self.device.leave()
         return result
 
 
@@ -190,18 +236,3 @@ def _fill(static: PackedBatch, batch: PackedBatch) -> None:
 
 def _can_capture(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing() and not torch.compiler.is_compiling()
-
-
-def _capture(run: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Callable[[], None], Tensor]:
-    """What replays `run`, and the tensor that it then fills."""
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels, makes tables and workspaces: none of that may happen in a capture
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            output = run()
-    return graph.replay, output

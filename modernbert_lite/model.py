@@ -25,9 +25,9 @@ class ModernBert(nn.Module):
         self.final_norm = LayerNorm(config)
 
     def forward(self, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
-        """(T, C), in the weights' dtype; or, of the tokens `rows` (B,), one in each sequence, (B, C): the last layer
+        """(T, C), in the weights' dtype; or, of the tokens `rows` (B,), row b in sequence b, (B, C): the last layer
         then computes no more than they need. Raises ValueError for ids outside the vocabulary."""
-        check_batch(batch, self.config)
+        check_batch(batch, self.config, rows)
         config = self.config
         full = ops.rotation(config.full_rope, config.head_dim, batch)
         sliding = ops.rotation(config.sliding_rope, config.head_dim, batch)
@@ -45,8 +45,8 @@ class ModernBert(nn.Module):
         return self.final_norm(x)
 
 
-def check_batch(batch: PackedBatch, config: ModernBertConfig) -> None:
-    """Raises TypeError for what is no batch, ValueError for ids outside the vocabulary."""
+def check_batch(batch: PackedBatch, config: ModernBertConfig, rows: Tensor | None = None) -> None:
+    """Raises TypeError for what is no batch, ValueError for ids outside the vocabulary or not a row a sequence."""
     if not isinstance(batch, PackedBatch):
         raise TypeError(f"the network takes a PackedBatch, not {type(batch).__name__}: see pack and from_padded")
     if batch.max_id >= config.vocab_size:
@@ -54,6 +54,8 @@ def check_batch(batch: PackedBatch, config: ModernBertConfig) -> None:
             f"token id {batch.max_id} is outside the vocabulary (ids 0 to {config.vocab_size - 1}); "
             "was the text tokenized for another model?"
         )
+    if rows is not None and rows.shape != (batch.cu_seqlens.shape[0] - 1,):
+        raise ValueError(f"rows is {tuple(rows.shape)}; it must be ({batch.cu_seqlens.shape[0] - 1},): one a sequence")
 
 
 class Embeddings(nn.Module):

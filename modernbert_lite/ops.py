@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any, ParamSpec
@@ -22,7 +23,6 @@ from .config import Rope
 
 P = ParamSpec("P")
 OPS = ("linear", "layer_norm", "rope", "attention", "geglu", "pooling")
-KERNEL_WIDTH = 8192  # the widest row that a Triton program holds
 BACKENDS = ("auto", "torch", "triton", "onednn")
 # The fast implementations beside the reference, by op: onednn in cpu.py, triton in gpu.py.
 _FAST = {
@@ -50,23 +50,41 @@ def backend(op: str, x: Tensor) -> str:
 
 
 @constant
-def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
+def _wanted() -> str:
     wanted = os.environ.get("MODERNBERT_LITE_BACKEND", "auto")
     if wanted not in BACKENDS:
         raise ValueError(f"MODERNBERT_LITE_BACKEND is {wanted!r}; it must be one of {', '.join(BACKENDS)}")
+    return wanted
+
+
+@constant
+def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    wanted = _wanted()
     fast = _FAST.get(op, ())
-    if "onednn" in fast and wanted in ("auto", "onednn") and device.type == "cpu" and dtype == torch.float32:
+    onednn = wanted in ("auto", "onednn") and not torch.compiler.is_compiling()  # which has its own use of it
+    if "onednn" in fast and onednn and device.type == "cpu" and dtype == torch.float32:
         from . import cpu
 
         if op != "linear" or (cpu.onednn_works() if wanted == "onednn" else cpu.onednn_is_faster()):
             return "onednn"
     interpreted = wanted == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if wanted == "triton" and device.type != "cuda" and not interpreted:
+        _warn_of_no_gpu(device.type)
     if "triton" in fast and wanted in ("auto", "triton") and (device.type == "cuda" or interpreted):
         from . import gpu
 
         if dtype in gpu.DTYPES and gpu.works(device):
             return "triton"
     return "torch"
+
+
+@functools.cache
+def _warn_of_no_gpu(device: str) -> None:
+    warnings.warn(
+        f"MODERNBERT_LITE_BACKEND is 'triton', but its kernels need a GPU, and this tensor is on {device!r}; using "
+        "torch. (To have them interpreted, slowly, set TRITON_INTERPRET=1 before Python starts)",
+        stacklevel=4,
+    )
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -119,13 +137,18 @@ def _can_accumulate(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """(T, C) -> (T, C), statistics over C; weight and bias (C,)."""
-    if x.dim() == 2 and x.shape[1] <= KERNEL_WIDTH and backend("layer_norm", x) == "triton":
+    if _fits_a_kernel(x) and backend("layer_norm", x) == "triton":
         from . import gpu
 
         # With a gradient torch's own, whose backward pass is hard to beat at these widths: bench/bench_layer_norm.py.
         if not gpu.wants_gradient(x, weight, bias) and not torch.is_autocast_enabled():
             return gpu.layer_norm(x, weight, bias, eps)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _fits_a_kernel(x: Tensor) -> bool:
+    """(T, C), rows contiguous and no wider than a Triton program holds."""
+    return x.dim() == 2 and x.stride(1) == 1 and x.shape[1] <= 8192
 
 
 def geglu(activated: Tensor, gate: Tensor, act: str) -> Tensor:
@@ -193,7 +216,10 @@ def rotation(rope: Rope, head_dim: int, batch: PackedBatch) -> Rotation:
 @_cached(None)  # never let go: a captured graph may read it
 def _position_table(rope: Rope, head_dim: int, device: torch.device, positions: int) -> Tensor:
     """(2, positions, D / 2): cos and sin of the positions from 0 on."""
-    return torch.stack(rope_table(rope, head_dim, torch.arange(positions, device=device)))
+    table = torch.stack(rope_table(rope, head_dim, torch.arange(positions, device=device)))
+    if device.type == "cuda":  # kept for all streams, of which the others wouldn't wait for this one
+        torch.cuda.current_stream(device).synchronize()
+    return table
 
 
 def rotation_at(turn: Rotation, rows: Tensor) -> Rotation:
@@ -237,7 +263,7 @@ def attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int] = (-
     window costs O(T * window): blocks of queries meet only the keys that they can see.
     """
     triton = backend("attention", qkv) == "triton"
-    if triton or qkv.is_cuda:
+    if triton or (qkv.is_cuda and _wanted() != "torch"):
         from . import gpu
 
         if triton and gpu.can_attend(qkv) and not gpu.wants_gradient(qkv):
@@ -283,7 +309,7 @@ def row_attention(q: Tensor, kv: Tensor, batch: PackedBatch) -> Tensor:
 
 def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor:
     """The mean of each sequence's tokens: (T, C) -> (B, C) fp32; zeros for an empty sequence."""
-    if x.dim() == 2 and x.shape[1] <= KERNEL_WIDTH and backend("pooling", x) == "triton":
+    if _fits_a_kernel(x) and backend("pooling", x) == "triton":
         from . import gpu
 
         return gpu.mean_pool(x, batch)

@@ -2,6 +2,8 @@
 against transformers."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -25,7 +27,9 @@ from modernbert_lite.kernels import pooling as pooling_kernel  # noqa: E402
 def launches(monkeypatch):
     """The names of the kernels that were launched, in order; Triton is asked for."""
     monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
-    assert gpu.works(torch.device(DEVICE) if INTERPRETED else torch.device("cuda", 0))  # its own launch, once
+    device = torch.device(DEVICE) if INTERPRETED else torch.device("cuda", 0)
+    assert gpu.works(device)  # these have their own launches, once
+    assert gpu.attention_works(device, torch.float32, 32)
     names: list[str] = []
 
     def counted(launch):
@@ -211,6 +215,74 @@ def test_compiling_and_exporting_passes_through(make_checkpoint, monkeypatch):
         assert (program(*arguments(batch)) - model(batch)).abs().max() <= 1e-5
 
 
+def test_rows_must_be_one_a_sequence(make_checkpoint):
+    folder, _ = make_checkpoint(num_hidden_layers=1)
+    model, batch = ml.load_model(folder, device=DEVICE, dtype="float32"), texts_batch(3, 5)
+    for rows in ([0], [0, 3, 4], [[0, 3]]):
+        with pytest.raises(ValueError, match=r"rows is \(.*; it must be \(2,\): one a sequence"):
+            model(batch, torch.tensor(rows, device=DEVICE))
+
+
+def test_the_kernels_own_functions_refuse_what_wants_a_gradient():
+    x, weight = torch.randn(5, 32, device=DEVICE, requires_grad=True), torch.ones(32, device=DEVICE)
+    ends = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
+    qkv = torch.randn(5, 3, 1, 32, device=DEVICE, requires_grad=True)
+    for call in (
+        lambda: geglu.geglu(x, x),
+        lambda: layer_norm.layer_norm(x, weight),
+        lambda: layer_norm.layer_norm(x.detach(), weight.clone().requires_grad_()),
+        lambda: layer_norm.add_layer_norm(x.detach(), x, weight),
+        lambda: pooling_kernel.pool(x, ends),
+        lambda: attention.attention(qkv, ends),
+        lambda: attention.row_attention(qkv[:1, 0], qkv[:, 1:], ends),
+    ):
+        with pytest.raises(ValueError, match="requires a gradient"):
+            call()
+        with torch.no_grad():
+            call()
+
+
+def test_asking_for_triton_without_a_gpu_is_answered_once(monkeypatch):
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    ops._warn_of_no_gpu.cache_clear()
+    with pytest.warns(UserWarning, match="its kernels need a GPU.*on 'cpu'; using torch.*TRITON_INTERPRET=1") as seen:
+        assert {ops.backend(op, torch.zeros(1)) for op in ops.OPS} == {"torch"}
+    assert len(seen) == 1
+
+
+def test_exporting_first_decides_nothing_for_later(make_checkpoint, tmp_path):
+    """What a probe finds under a tracer's tensors without values would stay for good."""
+    folder, _ = make_checkpoint(num_hidden_layers=1)
+    program = f"""
+import torch, modernbert_lite as ml
+from modernbert_lite import ops
+model = ml.load_model({str(folder)!r}, device={DEVICE!r}, dtype="float32")
+class Encoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = model
+    def forward(self, input_ids, cu_seqlens, position_ids):
+        return self.model(ml.PackedBatch(input_ids, cu_seqlens, 8192, position_ids, LENGTHS, 0))
+batch = ml.pack([[5, 6, 7], [8] * 9], {DEVICE!r})
+LENGTHS = () if TRITON else batch.seqlens
+torch.export.export(Encoder(), (batch.input_ids, batch.cu_seqlens, batch.position_ids), strict=False)
+x = batch.input_ids.float()
+print([ops.backend(op, x) for op in ops.OPS])
+"""
+    found = {}
+    for name in ("triton", "auto") if INTERPRETED else ("triton",):
+        env = {**os.environ, "MODERNBERT_LITE_BACKEND": name, "PYTHONWARNINGS": "error::UserWarning"}
+        code = program.replace("TRITON", str(name == "triton"))
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found[name] = done.stdout
+    assert found["triton"].count("triton") == len(ops.OPS) - 1
+    if INTERPRETED:
+        expected = [ops.backend(op, torch.zeros(1)) for op in ops.OPS]
+        assert found["auto"].strip() == str(expected)
+
+
 def test_nothing_compiles_by_itself(make_checkpoint, monkeypatch):
     monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("torch.compile was called"))
@@ -328,7 +400,7 @@ def test_peak_memory_is_weights_and_one_layer_pair(make_checkpoint):
 @pytest.mark.gpu
 @on_a_gpu
 def test_training_equals_fp32_reference_gradients(make_checkpoint, monkeypatch):
-    """bf16 gradients through varlen_attn and the kernels, as good as plain torch's in bf16."""
+    """bf16 gradients through varlen_attn and the kernels, as good as the reference's in bf16."""
     if not gpu.torch_has_varlen_attn():
         pytest.skip("this torch has no varlen_attn with windows")
     folder, _ = make_checkpoint(num_hidden_layers=3, initializer_range=0.02)

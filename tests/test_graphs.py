@@ -2,9 +2,11 @@
 on the same static batch again, with Triton's kernels interpreted; the tests marked gpu capture for real."""
 
 import copy
+import gc
 import os
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -20,20 +22,35 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
 
+class StandIn:
+    """graphs._Device without a GPU: a replay runs the function on the static batch again."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def wait(self):
+        pass
+
+    leave = synchronize = wait
+
+    def capture(self, run):
+        output = run()
+        return lambda: output.copy_(run()), output
+
+
 @pytest.fixture
 def captures(monkeypatch):
     """Counts captures; on the CPU it also replaces them."""
     made = []
-    real = graphs._capture
+    if INTERPRETED:
+        monkeypatch.setattr(graphs, "_Device", StandIn)
+    real = graphs._Device.capture
 
-    def capture(run, device, pool):
-        made.append(device)
-        if not INTERPRETED:
-            return real(run, device, pool)
-        output = run()
-        return lambda: output.copy_(run()), output
+    def capture(self, run):
+        made.append(self)
+        return real(self, run)
 
-    monkeypatch.setattr(graphs, "_capture", capture)
+    monkeypatch.setattr(graphs._Device, "capture", capture)
     if INTERPRETED:
         monkeypatch.setattr(graphs, "_can_capture", lambda device: True)
         monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
@@ -150,18 +167,24 @@ def test_results_are_copies(captures):
     assert difference(graphed(batch_of(20, seed=0)), first) <= 1e-5
 
 
-def test_no_more_graphs_than_allowed_the_oldest_goes(captures):
-    graphed = graphs.Graphed(small_model(1), max_graphs=2)
+def test_no_more_graphs_than_allowed(captures):
+    """When there would be more all go, and then a bucket must come four times, then eight: no endless capturing."""
+    model = small_model(1)
+    graphed = graphs.Graphed(model, max_graphs=2)
+    for turn in range(30):
+        for length in (20, 40, 60):
+            assert difference(graphed(batch_of(length, seed=turn)), model(batch_of(length, seed=turn))) <= 1e-5
+            assert len(graphed._graphs) <= 2
+    assert 2 < len(captures) <= 10
+
+
+def test_the_graphs_of_a_network_share_what_they_run_on(captures):
+    graphed = graphs.Graphed(small_model(1))
     for length in (20, 40, 60):
         for _ in range(2):
             graphed(batch_of(length))
     assert len(captures) == 3
-    assert len(graphed._graphs) == 2
-    graphed(batch_of(60))
-    graphed(batch_of(40))
-    assert len(captures) == 3
-    graphed(batch_of(20))
-    assert len(captures) == 4
+    assert len(set(map(id, captures))) == 1
 
 
 def test_large_batches_run_as_they_are(captures):
@@ -243,13 +266,27 @@ def test_a_capture_that_fails_is_told_once_and_done_without(monkeypatch, capture
     def fail(*_):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs, "_capture", fail)
+    monkeypatch.setattr(graphs._Device, "capture", fail)
     model = small_model(1)
     graphed = graphs.Graphed(model)
     graphed(batch_of(20))
     with pytest.warns(UserWarning, match="no CUDA graphs here .*not permitted.*going on without"):
         assert difference(graphed(batch_of(20)), model(batch_of(20))) <= 1e-5
     graphed(batch_of(20))
+    assert pickle.loads(pickle.dumps(graphed))._failed is False
+
+
+def test_nothing_refers_to_an_embedder_that_was_dropped():
+    """Its weights go at once, without waiting for the garbage collector."""
+    model = ml.Embedder.from_pretrained("tiny", device=DEVICE)
+    model.encode("x")
+    gone = weakref.ref(model.model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_threads_take_turns(captures):
@@ -315,7 +352,7 @@ def test_replays_on_a_gpu_equal_eager(captures, dtype):
     model = small_model(6).to(dtype)
     graphed = graphs.Graphed(model)
     generator = torch.Generator().manual_seed(0)
-    for turn in range(300):
+    for turn in range(200):
         count = int(torch.randint(1, 9, (1,), generator=generator))
         lengths = torch.randint(1, 200, (count,), generator=generator).tolist()
         batch = batch_of(*lengths, seed=turn)
@@ -341,3 +378,39 @@ def test_graphs_share_their_memory_on_a_gpu(captures):
     torch.cuda.synchronize()
     assert len(captures) > 10
     assert torch.cuda.memory_reserved() <= one + (256 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device and TRITON_INTERPRET=0")
+def test_two_streams_on_a_gpu(captures):
+    """Replays of two graphs share memory; on two streams they must still not overlap."""
+    model = small_model(6)
+    graphed = graphs.Graphed(model)
+    batches = {n: batch_of(n) for n in (100, 2000)}
+    expected = {n: model(batch) for n, batch in batches.items()}
+    for batch in batches.values():
+        for _ in range(2):
+            graphed(batch)
+    torch.cuda.synchronize()
+    streams = {n: torch.cuda.Stream() for n in batches}
+    got = []
+    for _ in range(50):
+        for n, batch in batches.items():
+            with torch.cuda.stream(streams[n]):
+                got.append((n, graphed(batch)))
+    torch.cuda.synchronize()
+    for n, result in got:
+        assert difference(result, expected[n]) <= 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device and TRITON_INTERPRET=0")
+def test_a_batch_comes_back_from_a_gpu_whole():
+    """`to("cpu")` waits for what the device still does to the batch."""
+    ids = torch.zeros(1 << 20, dtype=torch.int64, device="cuda")
+    batch = ml.PackedBatch(
+        ids, torch.tensor([0, 1 << 20], dtype=torch.int32, device="cuda"), 1 << 20, ids, (1 << 20,), 7
+    )
+    torch.cuda._sleep(50_000_000)
+    ids.fill_(7)
+    assert (batch.to("cpu").input_ids == 7).all()

@@ -143,7 +143,7 @@ def test_a_padded_batch_pools_as_it_would_without_padding(mode):
     x, options = rand(198, 31), parameters(31, True, torch.float32)
     expected = kernel.pool(x, lengths_to_cu(lengths), mode, **options, normalize=True)
     padded = torch.cat([x, torch.full((130, 31), torch.nan, device=DEVICE)])
-    got = kernel.pool(padded, lengths_to_cu([*lengths, *[0] * 9]), mode, **options, normalize=True)
+    got = kernel.pool(padded, lengths_to_cu([*lengths, *[0] * 9]), mode, **options, normalize=True, check=False)
     assert torch.equal(got[:3], expected)
     assert (got[3:] == 0).all()
 
@@ -201,7 +201,10 @@ def test_no_cu_seqlens_leads_outside_of_x(mode):
         [*range(-500, -480), 5, 80],
         [2**31 - 1, 2**31 - 1, -(2**31), 2**31 - 1],  # last: what reads far outside ends the process
     ):
-        got = kernel.pool(buffer[2000:2080], torch.tensor(values, dtype=torch.int32, device=DEVICE), mode)
+        cu_seqlens = torch.tensor(values, dtype=torch.int32, device=DEVICE)
+        with pytest.raises(ValueError, match=r"cu_seqlens is .* it must start at 0, never decrease, end at T = 80"):
+            kernel.pool(buffer[2000:2080], cu_seqlens, mode)
+        got = kernel.pool(buffer[2000:2080], cu_seqlens, mode, check=False)
         assert got.shape == (len(values) - 1, 8)
         assert not got.isnan().any(), values
 
@@ -290,6 +293,11 @@ def test_strided_cu_seqlens_are_refused():
     wide = torch.tensor([0, 99, 3, 99, 5], dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match=r"cu_seqlens .*contiguous"):
         kernel.pool(rand(5, 8), wide[::2])
+
+
+def test_devices_are_compared():
+    with pytest.raises(ValueError, match=r"cu_seqlens is on meta, x on .*one device"):
+        kernel.pool(rand(5, 8), lengths_to_cu([5]).to("meta"))
 
 
 def test_too_many_elements_are_refused():

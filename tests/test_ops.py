@@ -540,10 +540,10 @@ def test_triton_that_can_not_run_is_one_warning(monkeypatch):
 
     monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
     monkeypatch.setattr(kernel, "geglu", missing)
-    gpu.works.cache_clear()
+    gpu._works.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Failed to find C compiler") as warned:
             assert {ops.backend(op, randn(2, 3)) for op in ops.OPS} == {"torch"}
         assert len(warned) == 1
     finally:
-        gpu.works.cache_clear()
+        gpu._works.cache_clear()

@@ -268,7 +268,7 @@ def test_import_takes_milliseconds():
 
 def test_the_core_stays_lite():
     """An alarm that asks for a thought, not a limit to game (about 2,500 lines; a file about 300). The thought so far:
-    a quarter is refusals and their messages; gpu.py and graphs.py, 360 lines, are what a GPU needs beside kernels."""
+    a quarter is refusals and their messages; gpu.py and graphs.py, 440 lines, are what a GPU needs beside kernels."""
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in CORE}
-    assert sum(lines.values()) < 3_700
+    assert sum(lines.values()) < 3_800
     assert max(lines.values()) < 400, lines

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -393,13 +394,22 @@ def test_a_full_disk_behind_standard_output_is_one_line(format):
 
 @pytest.fixture
 def quota():
-    """quota(n): no file may grow over n bytes, like a disk that fills up; lifted after the test."""
+    """with quota(n): no file may grow over n bytes, like a disk that fills up. Nor may the file that pytest reports to,
+    if that is where its output goes: so only as long as needed."""
     resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+
+    @contextmanager
+    def full(size):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return full
 
 
 def readable_rows(path: Path, format: str) -> np.ndarray:
@@ -418,8 +428,8 @@ def test_a_disk_that_fills_up_loses_nothing(run, tmp_path, quota, small_windows,
     out, partial = tmp_path / f"v.{format}", tmp_path / f"v.{format}.partial"
     out.write_bytes(b"an older result")
     texts = [f"text {i}" for i in range(100)]
-    quota(50 * (4_800 if format == "jsonl" else 1_536))
-    result = run("embed", "--model", "tiny", "-o", out, stdin="\n".join(texts).encode())
+    with quota(50 * (4_800 if format == "jsonl" else 1_536)):
+        result = run("embed", "--model", "tiny", "-o", out, stdin="\n".join(texts).encode())
     assert result.status == 1
     kept = readable_rows(partial, format)
     assert 4 <= len(kept) < 100
@@ -435,8 +445,8 @@ def test_a_disk_that_fills_up_loses_nothing(run, tmp_path, quota, small_windows,
 def test_a_disk_that_fills_up_while_the_npz_is_made_loses_nothing(run, tmp_path, quota, small_windows):
     out, partial = tmp_path / "v.npz", tmp_path / "v.npz.partial"
     out.write_bytes(b"an older result")
-    quota(128 + 8 * 1_536 + 50)  # all vectors fit, and the archive's own bytes don't
-    result = run("embed", "--model", "tiny", "-o", out, stdin=b"text\n" * 8)
+    with quota(128 + 8 * 1_536 + 50):  # all vectors fit, and the archive's own bytes don't
+        result = run("embed", "--model", "tiny", "-o", out, stdin=b"text\n" * 8)
     assert result.status == 1
     assert "Traceback" not in result.err
     assert out.read_bytes() == b"an older result"

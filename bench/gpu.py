@@ -31,6 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ("attention", "rope", "geglu", "layer_norm", "pooling")
+# Of these the ones marked gpu; the others in them can run on a card, too, with TRITON_INTERPRET=0, but not in minutes.
 TESTS = ("tests/test_kernel_*.py", "tests/test_graphs.py", "tests/test_gpu.py")
 SIZES = (32_768, 8_192, 131_072, 1_024)  # tokens in a kernel's batch: what is promised is of the first
 TABLES = ("encode", "kernels", "tune")
@@ -48,7 +49,20 @@ class Section:
 def plan(smoke: bool, skip_tests: bool) -> list[Section]:
     """The most telling first: time may run out."""
     tests = test_files() if importlib.util.find_spec("pytest") else []
-    pytest = [sys.executable, "-m", "pytest", *tests, "-p", "no:cacheprovider", "--tb=short"]
+    # -W: what else is installed there may warn.
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *tests,
+        "-m",
+        "gpu",
+        "-W",
+        "default",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+    ]
     if smoke:
         tiny = shlex.split("encode --device cpu --dtype float32 --shapes smoke --cases query 128 ragged --batch-tokens")
         tiny += shlex.split("300 --repeats 3 --case-seconds 0.1 --smoke --texts")

@@ -23,8 +23,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def works(device: torch.device) -> bool:
     """Whether Triton runs on this device: it may be missing, or the C compiler that it needs. Tried once, with one
-    warning if it fails; taken for granted while something traces, when nothing can be tried."""
-    return torch.compiler.is_compiling() or _works(device)
+    warning if it fails; taken for granted while something traces or captures, when nothing can be tried."""
+    return _can_not_try(device) or _works(device)
+
+
+def _can_not_try(device: torch.device) -> bool:
+    capturing = device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or capturing
 
 
 @functools.cache
@@ -32,7 +37,7 @@ def _works(device: torch.device) -> bool:
     try:
         from .kernels import geglu
 
-        one = torch.ones(1, 1, device=device)
+        one = torch.ones(1, 1, dtype=torch.float32, device=device)
         return bool(torch.isfinite(geglu.geglu(one, one, "gelu")).all())
     except Exception as error:  # noqa: BLE001  triton raises errors of many kinds; none of them need stop the work
         why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
@@ -54,7 +59,7 @@ def attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
     if head_dim not in kernel.HEAD_DIMS or not has_matrix_units(device):
         return False
-    return torch.compiler.is_compiling() or _attention_works(device, dtype, head_dim)
+    return _can_not_try(device) or _attention_works(device, dtype, head_dim)
 
 
 @functools.cache

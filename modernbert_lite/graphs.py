@@ -27,6 +27,7 @@ MAX_TOKENS = 4096
 MAX_GRAPHS = 64
 _SWITCH = "MODERNBERT_LITE_CUDA_GRAPHS"
 
+_capturing = threading.Lock()
 Forward = Callable[..., Tensor]
 Key = tuple[Hashable, ...]
 
@@ -81,8 +82,8 @@ class Graphed:
         self._device: _Device | None = None
         self._addresses = self._where()
 
-    def _where(self) -> tuple[int, ...]:
-        return tuple(weight.data_ptr() for weight in self._tensors())
+    def _where(self) -> tuple[Hashable, ...]:
+        return tuple((weight.data_ptr(), weight.dtype) for weight in self._tensors())
 
     def _start_anew(self) -> None:
         """Drops all graphs at once: one that goes alone may take the others' workspace of the matrix library along."""
@@ -127,8 +128,8 @@ class Graphed:
         if torch.is_autocast_enabled() or gpu.wants_gradient(*self._tensors()):
             return False
         # Other backends ask the host for lengths, and a replay has no host.
-        works = gpu.attention_works(weight.device, weight.dtype, self._config.head_dim)
-        return works and ops.backend("attention", weight) == "triton"
+        takes_kernels = ops.backend("attention", weight) == "triton"
+        return takes_kernels and gpu.attention_works(weight.device, weight.dtype, self._config.head_dim)
 
     def _find(self, batch: PackedBatch, arguments: tuple[Hashable, ...]) -> _Graph | None:
         tokens, sequences = bucket_of(len(batch.input_ids), len(batch.seqlens))
@@ -149,6 +150,7 @@ class Graphed:
             self._graphs[key] = _Graph(static, lambda: self.forward(static, *arguments), self._device, batch)
         except RuntimeError as error:  # also when memory runs out
             self._failed = True
+            self._device, self._graphs = None, {}
             warnings.warn(f"no CUDA graphs here ({str(error).splitlines()[0]}); going on without", stacklevel=3)
         return self._graphs.get(key)
 
@@ -174,15 +176,18 @@ class _Device:
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """What replays `run`, and the tensor that it then fills."""
-        with torch.cuda.device(self.device):
+        graph = torch.cuda.CUDAGraph()
+        # Out of inference mode, because torch keeps tensors of its own in a graph, which it writes to in later replays.
+        # torch captures one graph at a time in a process. The stream is entered here, too, because torch.cuda.graph
+        # doesn't leave it where ending a capture fails.
+        with _capturing, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 for _ in range(2):  # compiles kernels, makes tables and workspaces: none of that may be in a capture
                     run()
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    output = run()
             torch.cuda.current_stream().wait_stream(self.stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                output = run()
         return graph.replay, output
 
 

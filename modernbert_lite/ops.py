@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -156,6 +157,9 @@ def geglu(activated: Tensor, gate: Tensor, act: str) -> Tensor:
     return activation(act)(activated) * gate
 
 
+_making = threading.RLock()
+
+
 def _cached(size: int | None) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """Keeps the tensors that a function made, out of inference mode: a cached tensor may meet autograd later. While
     torch.compile traces it is called as it is."""
@@ -165,7 +169,10 @@ def _cached(size: int | None) -> Callable[[Callable[P, Tensor]], Callable[P, Ten
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-            return (function if torch.compiler.is_compiling() else kept)(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            with _making:  # two threads would make two, and drop the one that a graph may have captured
+                return kept(*args, **kwargs)
 
         return call
 

@@ -21,6 +21,15 @@ needs_gpu = pytest.mark.skipif(
 )
 
 
+def there(x: torch.Tensor) -> torch.Tensor:
+    """x on the device with its strides, where `to` would make it contiguous."""
+    if x.is_meta:
+        return x
+    numbers = x.untyped_storage().nbytes() // x.element_size()
+    whole = torch.as_strided(x, (numbers,), (1,), 0).to(DEVICE)
+    return torch.as_strided(whole, x.shape, x.stride(), x.storage_offset())
+
+
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 7 * sum(shape))).to(DEVICE, dtype)
 
@@ -157,7 +166,9 @@ def test_rows_may_be_strided(C):
     check(total, w, b, y)
     got = kernel.layer_norm_backward(grad, x, w, b, EPS, grad_total)
     dense = kernel.layer_norm_backward(grad.contiguous(), x.contiguous(), w, b, EPS, grad_total.contiguous())
-    assert all(torch.equal(one, other) for one, other in zip(got, dense, strict=True))
+    for one, other in zip(got, dense, strict=True):
+        # A card loads aligned rows in wider pieces, and so adds their numbers up in another order.
+        assert torch.equal(one, other) if INTERPRETED else torch.allclose(one, other, rtol=1e-5, atol=1e-5)
     assert not any(one.isnan().any() for one in got)
 
 
@@ -372,7 +383,7 @@ X, W = torch.zeros(4, 8), torch.ones(8)
     ],
 )
 def test_layer_norm_refuses_what_it_can_not_do(arguments, message):
-    arguments = [x.to(DEVICE) for x in arguments]
+    arguments = [there(x) for x in arguments]
     with pytest.raises(ValueError, match=message):
         kernel.layer_norm(*arguments)
     x, *rest = arguments

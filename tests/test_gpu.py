@@ -167,6 +167,22 @@ def test_the_kernels_give_what_the_reference_gives(make_checkpoint, monkeypatch,
         assert (model(batch, rows) - expected[rows]).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_are_those_of_the_whole(make_checkpoint, monkeypatch, backend, bias):
+    """The last layer is global here, so that it computes nothing else; first tokens, last ones, and any."""
+    folder, _ = make_checkpoint(num_hidden_layers=4, attention_bias=bias, mlp_bias=bias)
+    model = ml.load_model(folder, device=DEVICE, dtype="float32")
+    assert model.config.layer_types[-1] == "full_attention"
+    batch = texts_batch(1, 9, 9, 30)
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "torch")
+    whole = model(batch)
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", backend)
+    for rows in ([0, 1, 10, 19], [0, 9, 18, 48], [0, 5, 12, 30]):
+        rows = torch.tensor(rows, device=DEVICE)
+        assert (model(batch, rows) - whole[rows]).abs().max() <= 2e-5
+
+
 def test_gradients_equal_the_reference(make_checkpoint, monkeypatch):
     folder, _ = make_checkpoint(num_hidden_layers=2)
     gradients = {}

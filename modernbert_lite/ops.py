@@ -102,7 +102,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
         if cpu.can_multiply(x, weight):
             return cpu.linear(x, weight, bias, residual)
     if residual is not None and bias is None and _can_accumulate(x, weight, residual):
-        # The matrix product adds it on its way out, and rounds once: 6 bytes a number less than an addition after it.
+        # The matrix product adds it on its way out, and rounds once: in 16 bits 4 bytes a number less than an addition
+        # after it, which would write the product, and read it again.
         return residual.addmm_(x, weight.t())
     y = F.linear(x, weight, bias)
     return y if residual is None else residual + y
@@ -299,8 +300,10 @@ def attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int] = (-
 def row_attention(q: Tensor, kv: Tensor, batch: PackedBatch) -> Tensor:
     """One query a sequence, over all its tokens: q (B, H, D), kv (T, 2, H, D) -> (B, H, D), scaled by D^-0.5.
 
-    No sequence may be empty.
+    Raises ValueError for an empty sequence, which has nothing to see.
     """
+    if not torch.compiler.is_compiling() and 0 in batch.seqlens:  # a tracer would take the lengths for constants
+        raise ValueError(f"sequence {batch.seqlens.index(0)} has no tokens: its query has nothing to see")
     if backend("attention", q) == "triton":
         from . import gpu
 

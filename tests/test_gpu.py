@@ -183,6 +183,15 @@ def test_rows_are_those_of_the_whole(make_checkpoint, monkeypatch, backend, bias
         assert (model(batch, rows) - whole[rows]).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_rows_of_an_empty_sequence_are_refused(make_checkpoint, monkeypatch, backend):
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", backend)
+    folder, _ = make_checkpoint(num_hidden_layers=1)
+    model = ml.load_model(folder, device=DEVICE, dtype="float32")
+    with pytest.raises(ValueError, match="sequence 1 has no tokens"):
+        model(texts_batch(3, 0, 5), torch.tensor([0, 3, 3], device=DEVICE))
+
+
 def test_gradients_equal_the_reference(make_checkpoint, monkeypatch):
     folder, _ = make_checkpoint(num_hidden_layers=2)
     gradients = {}

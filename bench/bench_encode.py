@@ -42,12 +42,16 @@ def setup(seed: int = 0) -> tuple[torch.nn.Module, torch.nn.Module]:
     """(ours, transformers' with sdpa): the base shape, one set of random weights."""
     from transformers import ModernBertConfig, ModernBertModel
 
+    from modernbert_lite.linear import Linear
     from modernbert_lite.model import ModernBert
 
     torch.manual_seed(seed)
     reference = ModernBertModel(ModernBertConfig(attn_implementation="sdpa")).eval()
     ours = ModernBert(ml.ModernBertConfig())
     ours.load_state_dict(reference.state_dict())
+    for layer in ours.modules():
+        if isinstance(layer, Linear):
+            layer.pack()  # as load_model does
     return ours.eval().requires_grad_(False), reference.requires_grad_(False)
 
 

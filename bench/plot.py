@@ -39,9 +39,55 @@ def roofline(encode: Iterable[dict[str, Any]], kernels: Iterable[dict[str, Any]]
         panel(f"Attention: {floor}", "tokens of a text", attention, HEIGHT),
         panel(f"Other kernels: {floor}", "tokens in the batch", tokens, 2 * HEIGHT),
     ]
+    return page(charts, note)
+
+
+def speeds(rows: Iterable[dict[str, Any]], note: str = "") -> str:
+    """Tokens a second of the providers in groups of bars, a group a case, a chart a dtype."""
+    charts: dict[str, dict[str, dict[str, float]]] = {}
+    for r in rows:
+        bars_of = charts.setdefault(str(r["dtype"]), {}).setdefault(str(r["case"]), {})
+        if r.get("tokens_per_s"):
+            bars_of[str(r["provider"])] = float(r["tokens_per_s"])
+    names = list(dict.fromkeys(name for cases in charts.values() for group in cases.values() for name in group))
+    return page([bars(f"{d}: tokens a second", c, names, i * HEIGHT) for i, (d, c) in enumerate(charts.items())], note)
+
+
+def bars(title: str, groups: dict[str, dict[str, float]], names: Sequence[str], top: int) -> str:
+    """group -> name -> value; a name has its colour in every chart."""
+    base, high, wide = top + HEIGHT - BOTTOM, HEIGHT - TOP - BOTTOM, WIDTH - LEFT - RIGHT
+    most = max([1.0, *(value for group in groups.values() for value in group.values())])
+    each = wide / max(len(groups), 1)
+    bar = 0.8 * each / max(len(names), 1)
+    step = max(s * 10**e for e in range(7) for s in (1, 2, 5) if s * 10**e <= max(most / 4, 1))
+    parts = [f'<text x="{LEFT}" y="{top + 20}" font-size="13" font-weight="bold">{escape(title)}</text>']
+    for value in range(0, int(most) + 1, step):
+        y = round(base - high * value / most, 1)
+        parts.append(f'<line x1="{LEFT}" y1="{y}" x2="{LEFT + wide}" y2="{y}" stroke="#e3e2e0"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:,}</text>')
+    for i, (case, group) in enumerate(groups.items()):
+        middle = round(LEFT + each * (i + 0.5), 1)
+        parts.append(f'<text x="{middle}" y="{base + 16}" text-anchor="middle">{escape(case)}</text>')
+        for name, value in group.items():
+            x, tall = middle + bar * (names.index(name) - len(names) / 2), high * value / most
+            place = f'x="{x:.1f}" y="{base - tall:.1f}" width="{0.9 * bar:.1f}" height="{tall:.1f}"'
+            parts.append(f'<rect {place} fill="{COLOURS[names.index(name) % len(COLOURS)]}"/>')
+    return "\n".join(parts + [key(name, i, top) for i, name in enumerate(names)])
+
+
+def key(name: str, i: int, top: int) -> str:
+    """A line's or bar's name beside the chart, with its colour."""
+    x, y = WIDTH - RIGHT + 10, top + TOP + 14 * i
+    square = f'<rect x="{x}" y="{y}" width="10" height="10" fill="{COLOURS[i % len(COLOURS)]}"/>'
+    return f'{square}\n<text x="{x + 14}" y="{y + 9}">{escape(name)}</text>'
+
+
+def page(charts: Sequence[str], note: str) -> str:
+    """Charts of HEIGHT below each other, then the note."""
+    top = len(charts) * HEIGHT
     notes = textwrap.wrap(note, 120)
-    height = 3 * HEIGHT + 14 * len(notes) + 10
-    lines = (f'<text x="{LEFT}" y="{3 * HEIGHT + 14 * i + 10}">{escape(n)}</text>' for i, n in enumerate(notes))
+    height = top + 14 * len(notes) + 10
+    lines = (f'<text x="{LEFT}" y="{top + 14 * i + 10}">{escape(n)}</text>' for i, n in enumerate(notes))
     size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
     return "\n".join(
         [
@@ -75,11 +121,7 @@ def panel(title: str, label: str, series: Series, top: int) -> str:
         parts.append(f'<text x="{LEFT + 20}" y="{base - high / 2}">nothing measured</text>')
     for i, (name, line) in enumerate(series.items()):
         parts += _line([at(x, y) for x, y in sorted(line.items())], COLOURS[i % len(COLOURS)], i >= len(COLOURS))
-        y = top + TOP + 14 * i
-        parts.append(
-            f'<rect x="{LEFT + wide + 10}" y="{y}" width="10" height="10" fill="{COLOURS[i % len(COLOURS)]}"/>'
-        )
-        parts.append(f'<text x="{LEFT + wide + 24}" y="{y + 9}">{escape(name)}</text>')
+        parts.append(key(name, i, top))
     return "\n".join(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ README = Path(__file__).parents[1] / "README.md"
 NOT_MEASURED = (
     "Not measured yet: no run on a GPU has been recorded. `python -m bench.gpu --out bench/results` makes this table."
 )
+NOT_MEASURED_CPU = "Not measured yet: `python -m bench.bench_cpu` makes this table."
 Rows = Sequence[dict[str, Any]]  # as csv gives them, all strings, or as they were measured
 
 
@@ -35,6 +37,43 @@ def encode_cpu(rows: Rows) -> str:
         f"{r['dtype']}, commit {r['commit']}, {r['date']}."
     )
     return "\n".join([*lines, "", where])
+
+
+def cpu(rows: Rows) -> str:
+    """A line a dtype and provider: tokens a second of each case, ours with the ratio to the peer that the promises
+    name; peak memory of the longest case, times from a process's start."""
+    from bench.bench_cpu import NAMED, OURS, PROMISES
+
+    present = dict.fromkeys(row["case"] for row in rows)
+    cases = list(dict.fromkeys([case for case in PROMISES["float32"] if case in present] + list(present)))
+    head = ["dtype", "engine", *cases, "peak MB, 1x8192", "loaded, s", "first result, s"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["dtype"], row["provider"]), {})[row["case"]] = row
+    for (dtype, provider), group in sorted(groups.items(), key=lambda item: list(NAMED).index(item[0][0])):
+        cells = []
+        for row in (group.get(case, {}) for case in cases):
+            speed = f"{int(row['tokens_per_s']):,}" if row.get("tokens_per_s") else "–"
+            cells.append(f"{speed} ({row['ratio']} x)" if provider == OURS and row.get("ratio") else speed)
+        peak = group.get("1x8192", {}).get("peak_mb")
+        cells.append(f"{int(peak):,}" if peak else "–")
+        for column in ("load_s", "first_s"):
+            seconds = [float(row[column]) for row in group.values() if row.get(column)]
+            cells.append(f"{statistics.median(seconds):.1f}" if seconds else "–")
+        lines.append(f"| {' | '.join([dtype, provider, *cells])} |")
+    noted: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("note"):
+            noted.setdefault(f"{row['provider']}, {row['dtype']}: {row['note']}", []).append(row["case"])
+    notes = [f"- {note} ({', '.join(where)})" for note, where in noted.items()]
+    r = rows[0]
+    peers = ("transformers", "sentence-transformers", "onnxruntime", "openvino")
+    where = (
+        f"x: over {', '.join(f'{peer} in {dtype}' for dtype, peer in NAMED.items())}. {r['machine']}, {r['threads']} "
+        f"threads, torch {r['torch']}, {', '.join(f'{p} {r[p]}' for p in peers)}, commit {r['commit']}, {r['date']}."
+    )
+    return "\n".join([*lines, "", *notes, *([""] if notes else []), where])
 
 
 def encode_gpu(rows: Rows, every: bool = False) -> str:
@@ -109,7 +148,7 @@ def _where(rows: Rows) -> str:
     return " ".join(dict.fromkeys(texts))
 
 
-TABLES = {"encode_cpu": encode_cpu, "encode_gpu": encode_gpu, "kernels_gpu": kernels_gpu}
+TABLES = {"cpu": cpu, "encode_cpu": encode_cpu, "encode_gpu": encode_gpu, "kernels_gpu": kernels_gpu}
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
@@ -117,7 +156,8 @@ def fill(text: str, results: Path = RESULTS) -> str:
     for name, make in TABLES.items():
         path = results / f"{name}.csv"
         rows = read_csv(path) if path.exists() else []
-        table = make(rows) if rows and not rows[0].get("smoke") else NOT_MEASURED
+        missing = NOT_MEASURED_CPU if name == "cpu" else NOT_MEASURED
+        table = make(rows) if rows and not rows[0].get("smoke") else missing
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
     return text

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-DEFAULT_BATCH_TOKENS = 16_384
+# The most tokens in a batch, by default: a GPU needs many to be busy, a CPU keeps few in its caches.
+GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16_384, 4_096
 Function = TypeVar("Function", bound=Callable[..., Any])
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -121,7 +122,7 @@ def to_padded(tensor: Tensor, attention_mask: Tensor, value: float = 0.0) -> Ten
     return out
 
 
-def plan_batches(lengths: Sequence[int], max_tokens: int = DEFAULT_BATCH_TOKENS) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of sequences, longest first, in groups of at most `max_tokens`; a longer sequence goes alone.
 
     lengths [3, 9, 4, 2], max_tokens 8 -> [[1], [2, 0], [3]]

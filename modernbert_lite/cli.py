@@ -147,9 +147,10 @@ def _add_model(parser: argparse.ArgumentParser, help: str, required: bool = Fals
     parser.add_argument("--model", "-m", required=required, help=f"a folder or hub id; {help}")
     _add_hub(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ..; default: CUDA if there is one")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: by the device")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "int8"), help="default: by the device")
     parser.add_argument("--max-seq-length", type=_count, metavar="N", help="instead of the model's own")
-    parser.add_argument("--batch-tokens", type=_count, default=16_384, metavar="N", help="in a batch; default: 16384")
+    parser.add_argument("--batch-tokens", type=_count, metavar="N", help="in a batch; default: by the device")
+    parser.add_argument("--threads", type=_count, metavar="N", help="of the processor; default: all it may use")
     parser.add_argument("--on-long", choices=("truncate", "error"), default="truncate", help="default: truncate")
 
 
@@ -159,7 +160,7 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("device", "dtype", "revision", "local_files_only", "max_seq_length", "batch_tokens", "on_long")
+    names = ("device", "dtype", "revision", "local_files_only", "max_seq_length", "batch_tokens", "threads", "on_long")
     return {name: getattr(args, name) for name in names}
 
 

@@ -1,4 +1,5 @@
-"""Fast CPU implementations behind `ops`: oneDNN products with packed weights, banded attention as batched products.
+"""Fast CPU implementations behind `ops`: oneDNN products with packed weights, in fp32, bf16 and int8; local attention
+as batched products, long global attention as products in chunks.
 
 The oneDNN operators are the ones that torch's own compiler emits; their names are internal, so they are probed once,
 checked against F.linear, and left alone where they are missing or wrong.
@@ -8,47 +9,220 @@ from __future__ import annotations
 
 import functools
 import platform
+import time
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-# Packed copies of weights, by the weight itself: they go when it goes, and are made anew when it is written to
-# (but not in place through `.data`, which torch hides).
-_packed: Any = WeakIdKeyDictionary()
+_ROWS = 512  # of activations that are quantised and multiplied at a time: what lies between stays in the caches
+_QUERIES = 512  # a chunk of `chunked_attention`
+_TINY = 1e-30  # the scale of a row of zeros
+_READ_ONLY = (
+    "this weight is packed for inference and can't be written to; load the network with packed=False, or call its "
+    "train()"
+)
 
 
-@functools.cache
-def onednn_is_faster() -> bool:
-    """Whether to multiply fp32 matrices by oneDNN here: the operators are there and agree, and the CPU isn't Intel's.
+class PackedWeight(Tensor):
+    """A linear layer's weight (M, K) for inference, held only in oneDNN's own layout; its rows in equal `parts`, where
+    an activation stands between them. `linear` and `gated_linear` below multiply by it as it is. Any other operation
+    sees `dense()`, made for it and dropped after it; one that would write raises TypeError."""
 
-    torch's own fp32 product is MKL, which is written for Intel; on AMD (Zen 4) oneDNN measured 1.1x at (2048, 768) by
-    (2304, 768), and more for shorter batches: bench/LOG.md.
+    parts: list[Tensor]
+    _is_param = True  # a module takes it as it is: nn.Parameter(it) would import torch.distributed and sympy, 40 MB
+
+    @staticmethod
+    def __new__(cls, parts: list[Tensor], shape: torch.Size, dtype: torch.dtype) -> PackedWeight:
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+
+    def __init__(self, parts: list[Tensor], shape: torch.Size, dtype: torch.dtype):
+        self.parts = parts
+
+    def dense(self) -> Tensor:
+        """(M, K), in the layout of any tensor."""
+        return torch.cat([part.to_dense() for part in self.parts])
+
+    def _alias(self) -> PackedWeight:
+        return PackedWeight(self.parts, self.shape, self.dtype)
+
+    def __setitem__(self, *_: Any) -> None:
+        raise TypeError(_READ_ONLY)  # torch would write to a copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        copy = nn.Parameter(self.dense(), self.requires_grad)
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self.dense(), self.requires_grad).__reduce_ex__(protocol)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return args[0]._alias()
+        if func._schema.is_mutable and isinstance(args[0], PackedWeight):
+            raise TypeError(_READ_ONLY)
+        args, kwargs = tree_map_only(PackedWeight, lambda weight: weight.dense(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class Int8Weight(PackedWeight):
+    """The same in 8 bits: each row of the weight is a row of whole numbers of -127 to 127 times its `scale` (M,)."""
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor, scale: Tensor) -> Int8Weight:
+        shape = (len(scale), numbers.numel() // len(scale))
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)
+
+    def __init__(self, numbers: Tensor, scale: Tensor):
+        self.parts, self.scale = [numbers], scale
+        self.zero_points = torch.zeros(len(scale), dtype=torch.int64)
+
+    def dense(self) -> Tensor:
+        (numbers,) = self.parts
+        return (numbers.to_dense().t() if numbers.is_mkldnn else numbers).float().mul_(self.scale[:, None])
+
+    def _alias(self) -> Int8Weight:
+        return Int8Weight(self.parts[0], self.scale)
+
+
+def pack(weight: Tensor, parts: int = 1) -> PackedWeight:
+    """(M, K) fp32, bf16 or fp16 -> the same numbers, packed."""
+    packed = [torch.ops.mkldnn._reorder_linear_weight(part, None) for part in weight.detach().chunk(parts)]
+    return PackedWeight(packed, weight.shape, weight.dtype)
+
+
+def quantize(weight: Tensor) -> Int8Weight:
+    """(M, K) -> 8 bits, each row scaled by its own largest number; packed where oneDNN's int8 product works."""
+    weight = weight.detach().float()
+    scale = weight.abs().amax(1).div_(127).clamp_(min=_TINY)
+    numbers = (weight / scale[:, None]).round_().to(torch.int8)
+    return Int8Weight(torch.ops.onednn.qlinear_prepack(numbers, None) if int8_works() else numbers, scale)
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """x (T, K) @ weight (M, K)^T + bias + residual (T, M) -> (T, M); with a residual in fp32, whatever x is in: small
+    sums added to a large one would be lost in 16 bits."""
+    biases = [None] * len(weight.parts) if bias is None else bias.chunk(len(weight.parts))
+    if isinstance(weight, Int8Weight):
+        out = x.new_empty(len(x), len(weight))
+        for rows, numbers, scale in _quantized_rows(x):
+            product = _int8_product(numbers, weight)
+            if residual is None:
+                torch.mul(product, scale, out=out[rows])
+            else:
+                torch.addcmul(residual[rows], product, scale, out=out[rows])
+        return out if bias is None else out.add_(bias)
+    if residual is not None and len(weight.parts) == 1 and x.dtype == residual.dtype == torch.float32:
+        return _multiply_and(x, residual, weight.parts[0], bias, "add")
+    products = [_multiply(x, part, b) for part, b in zip(weight.parts, biases, strict=True)]
+    y = products[0] if len(products) == 1 else torch.cat(products, -1)
+    return y if residual is None else residual.float().add_(y)
+
+
+def gated_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, act: str, function: Any) -> Tensor:
+    """act(x @ first half of weight (2N, K)) * (x @ second half) -> (T, N), `function` being act."""
+    if isinstance(weight, Int8Weight):
+        out = x.new_empty(len(x), len(weight) // 2)
+        for rows, numbers, scale in _quantized_rows(x):
+            product = _int8_product(numbers, weight).mul_(scale)
+            activated, gate = (product if bias is None else product.add_(bias)).chunk(2, -1)
+            torch.mul(function(activated), gate, out=out[rows])
+        return out
+    first, second = weight.parts
+    bias1, bias2 = (None, None) if bias is None else bias.chunk(2)
+    activated = _multiply(x, first, bias1, "gelu") if act == "gelu" else function(_multiply(x, first, bias1))
+    return _multiply_and(x, activated, second, bias2, "mul")
+
+
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, post: str = "none") -> Tensor:
+    algorithm = "none" if post == "gelu" else ""  # of gelu: "none" is the exact one, by erf
+    # (A strided x goes through loops without vectors, a thousand times slower.)
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, post, [], algorithm)
+
+
+def _multiply_and(x: Tensor, other: Tensor, packed: Tensor, bias: Tensor | None, op: str) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.binary(x.contiguous(), other.contiguous(), packed, bias, op)
+
+
+def _quantized_rows(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """x (T, K) fp32, some rows at a time: which, their numbers (n, K) uint8, 128 standing for 0, and scales (n, 1).
+
+    A scale a row, not a batch: a text's numbers don't depend on the texts beside it. Unsigned, because oneDNN's
+    products of signed activations were seen to hang.
     """
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
-        return False
-    if "GenuineIntel" in _cpu_vendor():
-        return False
-    return onednn_works()
+    for start in range(0, len(x), _ROWS):
+        rows = slice(start, min(start + _ROWS, len(x)))
+        part = x[rows]
+        scale = part.abs().amax(1, keepdim=True).div_(127).clamp_(min=_TINY)
+        numbers = (part * scale.reciprocal()).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+        yield rows, numbers, scale
+
+
+def _int8_product(numbers: Tensor, weight: Int8Weight) -> Tensor:
+    """(n, K) uint8 @ weight (M, K)^T -> (n, M) fp32."""
+    return torch.ops.onednn.qlinear_pointwise(
+        numbers,
+        1.0,
+        128,
+        weight.parts[0],
+        weight.scale,
+        weight.zero_points,
+        None,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+
+
+# ---- what works and pays on this machine: asked once a process ----
 
 
 @functools.cache
-def onednn_works() -> bool:
+def pays(dtype: torch.dtype) -> bool:
+    """Whether to pack weights of the dtype here: the operators are there and agree, and are faster than F.linear.
+
+    In 16 bits torch's own product is oneDNN's too, with the weight packed anew for every call. In fp32 it is MKL's,
+    which is written for Intel: on AMD packing measured 1.1x (Zen 4) and 2.3x (Zen 5), more for short batches
+    (bench/LOG.md). Elsewhere a few milliseconds of multiplying decide.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled or not works(dtype):
+        return False
+    return dtype != torch.float32 or "AuthenticAMD" in _cpu_vendor() or gain() > 1.05
+
+
+@functools.cache
+def works(dtype: torch.dtype) -> bool:
     """Probes the internal operators once on a small product; warns and says no where they fail or differ."""
     x, weight, other = torch.linspace(-1, 1, 21).view(3, 7), torch.linspace(-1, 2, 35).view(5, 7), torch.ones(3, 5)
     product, bias = F.linear(x, weight, other[0]), other[0]
     try:
-        packed = _pack(weight)
+        if not _supported(dtype):
+            if dtype == torch.bfloat16:
+                warnings.warn("this CPU has no fast bfloat16 products; float32 or int8 may be faster", stacklevel=2)
+            return False
+        x16, other16, bias16 = x.to(dtype), other.to(dtype), bias.to(dtype)
+        packed = pack(weight.to(dtype)).parts[0]
         results = [
-            (_multiply(x, packed, bias), product),
-            (_multiply(x, packed, bias, "gelu"), F.gelu(product)),
-            (_multiply_and(x, other, packed, bias, "add"), product + 1),
-            (_multiply_and(x, other * 2, packed, bias, "mul"), product * 2),
+            (_multiply(x16, packed, bias16), product),
+            (_multiply(x16, packed, bias16, "gelu"), F.gelu(product)),
+            (_multiply_and(x16, other16, packed, bias16, "add"), product + 1),
+            (_multiply_and(x16, other16 * 2, packed, bias16, "mul"), product * 2),
+            (packed.to_dense(), weight),
         ]
-        same = all(torch.allclose(got, expected, atol=1e-5) for got, expected in results)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.1
+        same = all(torch.allclose(got.float(), expected, atol=tolerance) for got, expected in results)
     except (AttributeError, RuntimeError, TypeError) as error:
         warnings.warn(f"this torch has no usable oneDNN linear ({error}); using F.linear", stacklevel=2)
         return False
@@ -57,60 +231,45 @@ def onednn_works() -> bool:
     return same
 
 
-def can_multiply(x: Tensor, weight: Tensor) -> bool:
-    """Inference in fp32 on the CPU with a weight whose changes can be seen."""
-    plain = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return plain and not tracked and not weight.is_inference() and x.dim() == 2 and len(x) > 0 and onednn_works()
+def _supported(dtype: torch.dtype) -> bool:
+    checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in checks or bool(getattr(torch.ops.mkldnn, checks[dtype])())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """x (T, K) @ weight (M, K)^T + bias + residual (T, M) -> (T, M), fp32, the weight packed once."""
-    packed = _packed_parts(weight, 1)[0]
-    return _multiply(x, packed, bias) if residual is None else _multiply_and(x, residual, packed, bias, "add")
+@functools.cache
+def int8_works() -> bool:
+    """The same of the product of 8-bit numbers, at their extremes too: CPUs without VNNI instructions may add up in 16
+    bits, and overflow. Where it doesn't work int8 weights are made dense for every product: small, right, and slow."""
+    weight = torch.full((5, 70), 127, dtype=torch.int8)
+    weight[1:3], weight[3, ::2] = -127, 3
+    numbers = torch.full((3, 70), 255, dtype=torch.uint8)
+    numbers[1], numbers[2, 1::3] = 0, 77
+    expected = (numbers.int() - 128) @ weight.int().t()
+    try:
+        packed = Int8Weight(torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(5))
+        exact = torch.equal(_int8_product(numbers, packed), expected.float())
+        exact = exact and torch.equal(packed.dense(), weight.float())
+    except (AttributeError, RuntimeError, TypeError) as error:
+        warnings.warn(f"this torch has no usable oneDNN int8 linear ({error}); int8 is slow here", stacklevel=2)
+        return False
+    if not exact:
+        warnings.warn("this CPU's oneDNN int8 linear isn't exact; int8 is slow here", stacklevel=2)
+    return exact
 
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """gelu(x @ first half of weight (2N, K)) * (x @ second half) -> (T, N), nothing between the products."""
-    first, second = _packed_parts(weight, 2)
-    bias1, bias2 = (None, None) if bias is None else bias.chunk(2)
-    return _multiply_and(x, _multiply(x, first, bias1, "gelu"), second, bias2, "mul")
-
-
-def _packed_parts(weight: Tensor, parts: int) -> list[Tensor]:
-    """The weight's rows in `parts` equal parts, packed."""
-    state = (weight._version, weight.data_ptr(), parts)
-    if weight not in _packed or _packed[weight][0] != state:
-        _packed[weight] = (state, [_pack(part) for part in weight.detach().chunk(parts)])
-    return _packed[weight][1]
-
-
-def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
-
-
-def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, post: str = "none") -> Tensor:
-    algorithm = "none" if post == "gelu" else ""  # of gelu: "none" is the exact one, by erf
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, post, [], algorithm)
-
-
-def _multiply_and(x: Tensor, other: Tensor, packed: Tensor, bias: Tensor | None, op: str) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, bias, op)
-
-
-def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """A block of queries against the keys it can see: q (n, H, i, D), k and v (n, H, j, D), mask (i, j) of 0 and -inf.
-
-    Batched products, one sequence at a time so that nothing is copied: twice as fast as the fused attention, which
-    splits a short block into products too small to be fast (Zen 4, fp32, 64 queries x 192 keys: 10 ms to 18 ms at
-    T = 2048).
-    """
-    scale = q.shape[-1] ** -0.5
-    out = [
-        torch.bmm(torch.softmax(torch.baddbmm(mask, qi, ki.transpose(1, 2), alpha=scale), -1), vi)
-        for qi, ki, vi in zip(q, k, v, strict=True)
-    ]
-    return out[0][None] if len(out) == 1 else torch.stack(out)
+@functools.cache
+def gain() -> float:
+    """How much faster than F.linear the packed fp32 product is, measured here for a few milliseconds."""
+    x, weight = torch.ones(128, 768), torch.ones(768, 768)
+    packed = pack(weight).parts[0]
+    runs: list[Callable[[], Tensor]] = [lambda: F.linear(x, weight), lambda: _multiply(x, packed, None)]
+    times: list[list[float]] = [[], []]
+    for _ in range(6):  # in turns, and the best of each: other processes disturb
+        for run, spent in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            spent.append(time.perf_counter() - start)
+    return min(times[0]) / min(times[1])
 
 
 @functools.cache
@@ -120,3 +279,46 @@ def _cpu_vendor() -> str:
             return next((line for line in file if line.startswith("vendor_id")), "")
     except OSError:
         return platform.processor()
+
+
+# ---- attention ----
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor) -> None:
+    """A block of queries against the keys it can see: q (n, H, i, D), k and v (n, H, j, D), mask (i, j) of 0 and -inf,
+    into out (n, H, i, D).
+
+    Batched products, one sequence at a time so that nothing is copied: twice as fast as the fused attention, which
+    splits a short block into products too small to be fast (Zen 4, fp32, 64 queries x 192 keys: 10 ms to 18 ms at
+    T = 2048).
+    """
+    scale = q.shape[-1] ** -0.5
+    for qi, ki, vi, to in zip(q, k, v, out, strict=True):
+        to.copy_(torch.bmm(torch.softmax(torch.baddbmm(mask, qi, ki.transpose(1, 2), alpha=scale), -1), vi))
+
+
+def attends_in_chunks(length: int, dtype: torch.dtype) -> bool:
+    """Whether global attention over so many tokens is faster as `chunked_attention` than by torch's fused one, whose
+    products are MKL's, in fp32: measured on Zen 4 and 5, bench/LOG.md."""
+    if dtype == torch.bfloat16:
+        return length >= 1024 and pays(dtype)
+    return dtype == torch.float32 and length >= 4096 and pays(dtype) and gain() > 1.8
+
+
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+    """Global attention by oneDNN's products in `dtype`, some queries of a head at a time over all its keys, into `out`:
+    all (n, H, S, D)."""
+    # Softmax doesn't see what all keys have in common; without it scores are smaller, and round less.
+    k = k - k.mean(2, keepdim=True)
+    q = q * q.shape[-1] ** -0.5
+    for qh, kh, vh, oh in (x for b in zip(q, k, v, out, strict=True) for x in zip(*b, strict=True)):  # (S, D)
+        queries, keys, values = (x.to(dtype).contiguous() for x in (qh, kh, vh.t()))
+        for i in range(0, len(qh), _QUERIES):
+            scores = _multiply(queries[i : i + _QUERIES], keys, None)
+            oh[i : i + _QUERIES] = _multiply(torch.softmax(scores, -1), values, None)
+
+
+def rounding(weight: Tensor) -> torch.dtype:
+    """The dtype that suits what an already rounded product is used for: of 8-bit weights bfloat16, if the CPU has it."""
+    int8 = isinstance(weight, Int8Weight) and _supported(torch.bfloat16)
+    return torch.bfloat16 if int8 else weight.dtype

@@ -19,6 +19,7 @@ from . import __version__, ops
 from .config import FULL
 from .pipeline import Checkpoint
 from .st_config import length_limit
+from .threads import available
 from .weights import open_safetensors, pick_device, pick_dtype, weight_files
 
 _SELF_CHECK_TEXTS = ["A man is playing a guitar.", "Someone plays an instrument.", "Stocks fell on Monday."]
@@ -85,7 +86,7 @@ def machine() -> dict[str, Any]:
     facts |= {f"backend of {op}": ops.backend(op, x) for op in ops.OPS}
     facts["MODERNBERT_LITE_BACKEND"] = os.environ.get("MODERNBERT_LITE_BACKEND", "not set (auto)")
     facts["C compiler for Triton"] = _compiler()
-    facts["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} processors"
+    facts["threads"] = f"{torch.get_num_threads()} of {available()} processors"
     facts["CPU capability"] = torch.backends.cpu.get_cpu_capability()
     facts["hub offline"] = os.environ.get("HF_HUB_OFFLINE", "not set")
     return facts

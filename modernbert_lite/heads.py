@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from . import ops, pooling
 from .batch import PackedBatch
 from .config import CheckpointError, ModernBertConfig
-from .model import LayerNorm, Linear, ModernBert
+from .linear import Linear
+from .model import LayerNorm, ModernBert
 
 
 class PredictionHead(nn.Module):

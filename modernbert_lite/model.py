@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .batch import PackedBatch
 from .config import FULL, ModernBertConfig
+from .linear import Linear
 
 
 class ModernBert(nn.Module):
@@ -67,7 +68,8 @@ class Embeddings(nn.Module):
         self.norm = LayerNorm(config)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.norm(self.tok_embeddings(input_ids))
+        # The table may be narrower than the rest: it stays as the checkpoint stores it, mapped from the file.
+        return self.norm(self.tok_embeddings(input_ids).to(self.norm.weight.dtype))
 
 
 class Layer(nn.Module):
@@ -105,7 +107,7 @@ class Attention(nn.Module):
         if rows is None:
             qkv = self.Wqkv(x).view(-1, 3, self.heads, self.head_dim)  # (T, 3, H, D)
             qkv = ops.rope_(qkv, *turn)
-            out = ops.attention(qkv, batch, self.window_size)  # (T, H, D)
+            out = ops.attention(qkv, batch, self.window_size, self.Wqkv.weight)  # (T, H, D)
         else:  # one token of each sequence asks, all of them answer
             C = len(self.Wqkv.weight) // 3
             q = ops.linear_part(x[rows], self.Wqkv.weight, self.Wqkv.bias, slice(0, C))
@@ -123,17 +125,12 @@ class MLP(nn.Module):
         super().__init__()
         C, N = config.hidden_size, config.intermediate_size
         self.act = config.hidden_activation
-        self.Wi = Linear(C, 2 * N, bias=config.mlp_bias)
+        self.Wi = Linear(C, 2 * N, bias=config.mlp_bias, parts=2)
         self.Wo = Linear(N, C, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         hidden = ops.gated_linear(x, self.Wi.weight, self.Wi.bias, self.act)  # (T, N)
         return self.Wo(hidden, residual)
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return ops.linear(x, self.weight, self.bias, residual)
 
 
 class LayerNorm(nn.Module):

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,12 @@ from torch import Tensor
 from .batch import PackedBatch, constant
 from .config import Rope
 
+if TYPE_CHECKING:
+    from .cpu import PackedWeight
+
 P = ParamSpec("P")
 OPS = ("linear", "layer_norm", "rope", "attention", "geglu", "pooling")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "torch", "triton", "onednn")
 # The fast implementations beside the reference, by op: onednn in cpu.py, triton in gpu.py.
 _FAST = {
@@ -46,7 +50,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def backend(op: str, x: Tensor) -> str:
     """The backend that runs `op` on `x`: by its device, dtype and what the machine can do, or as
     MODERNBERT_LITE_BACKEND says, where the op has that backend for such a tensor ("onednn" stands for everything in
-    cpu.py, which is fp32 only). Raises ValueError for an unknown name there."""
+    cpu.py). Raises ValueError for an unknown name there."""
     return _choose(op, x.device, x.dtype)
 
 
@@ -63,10 +67,10 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
     wanted = _wanted()
     fast = _FAST.get(op, ())
     onednn = wanted in ("auto", "onednn") and not torch.compiler.is_compiling()  # which has its own use of it
-    if "onednn" in fast and onednn and device.type == "cpu" and dtype == torch.float32:
+    if "onednn" in fast and onednn and device.type == "cpu" and dtype in _FLOATS:
         from . import cpu
 
-        if op != "linear" or (cpu.onednn_works() if wanted == "onednn" else cpu.onednn_is_faster()):
+        if op != "linear" or (cpu.works(dtype) if wanted == "onednn" else cpu.pays(dtype)):
             return "onednn"
     interpreted = wanted == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if wanted == "triton" and device.type != "cuda" and not interpreted:
@@ -93,14 +97,38 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return _ACTIVATIONS[name]
 
 
+def pack_weight(weight: Tensor, parts: int = 1, dtype: str | None = None) -> Tensor:
+    """A linear weight (M, K) as inference here wants it: packed, where that pays; "int8": in 8 bits, on any CPU; or as
+    it is. parts: 2 where an activation stands between the products of its two halves (gated_linear)."""
+    if dtype == "int8" or (not is_packed(weight) and backend("linear", weight) == "onednn"):
+        from . import cpu
+
+        return cpu.quantize(weight) if dtype == "int8" else cpu.pack(weight, parts)
+    return weight
+
+
+def is_packed(weight: Tensor) -> TypeGuard[PackedWeight]:
+    """Whether `pack_weight` packed it (without importing what packs)."""
+    return hasattr(weight, "parts")
+
+
+def _multiplies_packed(weight: Tensor, x: Tensor) -> TypeGuard[PackedWeight]:
+    """Whether cpu.py takes the product: of a packed weight, in inference, unless another backend is asked for."""
+    if not is_packed(weight) or torch.compiler.is_compiling() or _wanted() not in ("auto", "onednn"):
+        return False
+    tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    # (8-bit weights on a CPU that can't multiply them are not oneDNN's.)
+    usable = weight.parts[0].is_mkldnn and x.dtype == weight.dtype and x.dim() == 2 and len(x) > 0
+    return usable and not tracked
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x (T, K) @ weight (M, K)^T + bias (M,) + residual (T, M) -> (T, M). In inference the result may be written over
     residual, which the caller must not use again."""
-    if backend("linear", x) == "onednn":
+    if _multiplies_packed(weight, x):
         from . import cpu
 
-        if cpu.can_multiply(x, weight):
-            return cpu.linear(x, weight, bias, residual)
+        return cpu.linear(x, weight, bias, residual)
     if residual is not None and bias is None and _can_accumulate(x, weight, residual):
         # The matrix product adds it on its way out, and rounds once: in 16 bits 4 bytes a number less than an addition
         # after it, which would write the product, and read it again.
@@ -111,16 +139,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
 def linear_part(x: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
     """Some columns of `linear`'s result: x (T, K) @ weight[part]^T + bias[part]."""
+    if _multiplies_packed(weight, x):  # as a whole: it can't be cut
+        return linear(x, weight, bias)[:, part]
     return F.linear(x, weight[part], None if bias is None else bias[part])
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     """`linear` to (T, 2N), then act(first half) * second half -> (T, N): ModernBERT's GeGLU (arXiv 2002.05202)."""
-    if backend("linear", x) == "onednn" and act == "gelu":
+    if _multiplies_packed(weight, x):
         from . import cpu
 
-        if cpu.can_multiply(x, weight):
-            return cpu.gelu_linear(x, weight, bias)
+        return cpu.gated_linear(x, weight, bias, act, activation(act))
     y = linear(x, weight, bias)
     if act in ("gelu", "silu") and backend("geglu", y) == "triton":
         from . import gpu
@@ -138,7 +167,11 @@ def _can_accumulate(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """(T, C) -> (T, C), statistics over C; weight and bias (C,)."""
+    """(T, C) -> (T, C), statistics over C; weight and bias (C,). The result is in the weight's dtype where x, a sum
+    that a fast `linear` keeps in fp32, is wider."""
+    if x.dtype == torch.float32 != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        y = F.layer_norm(x, x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps)
+        return y.to(weight.dtype)
     if _fits_a_kernel(x) and backend("layer_norm", x) == "triton":
         from . import gpu
 
@@ -238,6 +271,7 @@ def rotation_at(turn: Rotation, rows: Tensor) -> Rotation:
 
 def rope_(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Rotates q and k of qkv (T, 3, H, D) in place and returns it; v stays. Also k of kv (T, 2, H, D), q (T, 1, H, D).
+    For the CPU's attention 16 bits become fp32, a copy: one conversion there is faster than many, and rounds less.
 
     cos, sin (T, D / 2) fp32; with position_ids (T,), (P, D / 2), a row a position. Split halves (NeoX): pair j is
     (x[j], x[j + D/2]) -> (x1 cos - x2 sin, x2 cos + x1 sin), computed in fp32.
@@ -248,6 +282,8 @@ def rope_(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = N
         return gpu.rope_(qkv, cos, sin, position_ids)
     if position_ids is not None:
         cos, sin = cos[position_ids], sin[position_ids]
+    if qkv.dtype != torch.float32 and backend("attention", qkv) == "onednn":
+        qkv = qkv.float()
     half, turned = qkv.shape[-1] // 2, max(1, qkv.shape[1] - 1)
     first, second = qkv[:, :turned, :, :half], qkv[:, :turned, :, half:]  # (T, 2, H, D / 2)
     cos, sin = cos[:, None, None], sin[:, None, None]
@@ -264,8 +300,11 @@ def rope_(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = N
 LOCAL_BLOCK = 64  # queries a call in a local layer: they see LOCAL_BLOCK + 2 * 64 keys
 
 
-def attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
-    """Bidirectional attention inside each sequence: qkv (T, 3, H, D) -> (T, H, D), scaled by D^-0.5.
+def attention(
+    qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int] = (-1, -1), weight: Tensor | None = None
+) -> Tensor:
+    """Bidirectional attention inside each sequence: qkv (T, 3, H, D) -> (T, H, D), scaled by D^-0.5. weight: what made
+    qkv; the result is in its dtype, and long attention on the CPU rounds as it does.
 
     Token i sees the tokens from i - left to i + right of its own sequence, inclusive; -1 is unlimited. A local
     window costs O(T * window): blocks of queries meet only the keys that they can see.
@@ -279,22 +318,49 @@ def attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int] = (-
         if batch.max_seqlen > 0 and gpu.has_varlen_attn(qkv):
             return gpu.varlen_attention(qkv, batch, window_size)
     left, right = window_size
-    out = torch.empty_like(qkv[:, 0])
+    onednn = backend("attention", qkv) == "onednn"
+    out = torch.empty_like(qkv[:, 0], dtype=qkv.dtype if weight is None else weight.dtype)
+    if onednn and qkv.dtype != torch.float32 and not _sees_all(window_size, batch.max_seqlen):
+        qkv = qkv.float()  # as fast as in 16 bits where blocks are small, and scores aren't rounded
     for start, count, length in _runs(batch.seqlens, len(qkv)):
         span = slice(start, start + count * length)
         q, k, v = (x.transpose(1, 2) for x in qkv[span].unflatten(0, (count, length)).unbind(2))  # (n, H, S, D)
         to = out[span].unflatten(0, (count, length)).transpose(1, 2)
-        if (left < 0 or left >= length - 1) and (right < 0 or right >= length - 1):
-            to.copy_(F.scaled_dot_product_attention(q, k, v))
+        if _sees_all(window_size, length):
+            _global_attention(q, k, v, to, onednn, weight)
             continue
-        block_attention = _block_attention(qkv)
         for i in range(0, length, LOCAL_BLOCK):
             j = min(i + LOCAL_BLOCK, length)
             low = 0 if left < 0 else max(0, i - left)
             high = length if right < 0 else min(length, j + right)
             mask = _window_mask(j - i, high - low, i - low, left, right, qkv.dtype, qkv.device)
-            to[:, :, i:j] = block_attention(q[:, :, i:j], k[:, :, low:high], v[:, :, low:high], mask)
+            _block_attention(q[:, :, i:j], k[:, :, low:high], v[:, :, low:high], mask, to[:, :, i:j], onednn)
     return out
+
+
+def _sees_all(window_size: tuple[int, int], length: int) -> bool:
+    """Whether the window leaves nothing out of a sequence so long."""
+    return all(distance < 0 or distance >= length - 1 for distance in window_size)
+
+
+def _global_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, onednn: bool, weight: Tensor | None) -> None:
+    """All (n, H, S, D)."""
+    if onednn and not (torch.is_grad_enabled() and q.requires_grad):
+        from . import cpu
+
+        dtype = q.dtype if weight is None else cpu.rounding(weight)
+        if cpu.attends_in_chunks(q.shape[2], dtype):
+            return cpu.chunked_attention(q, k, v, out, dtype)
+    out.copy_(F.scaled_dot_product_attention(q, k, v))
+
+
+def _block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor, onednn: bool) -> None:
+    """q, out (n, H, i, D), k, v (n, H, j, D), mask (i, j)."""
+    if onednn and not (torch.is_grad_enabled() and q.requires_grad):
+        from . import cpu
+
+        return cpu.block_attention(q, k, v, mask, out)
+    out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
 def row_attention(q: Tensor, kv: Tensor, batch: PackedBatch) -> Tensor:
@@ -325,14 +391,6 @@ def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor:
         return gpu.mean_pool(x, batch)
     total = torch.segment_reduce(x.float(), "sum", offsets=batch.cu_seqlens.long(), initial=0)
     return total / batch.cu_seqlens.diff().float().clamp(min=1)[:, None]
-
-
-def _block_attention(qkv: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    if backend("attention", qkv) == "onednn":
-        from . import cpu
-
-        return cpu.block_attention
-    return F.scaled_dot_product_attention
 
 
 def _runs(seqlens: tuple[int, ...], T: int) -> Iterator[tuple[int, int, int]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +15,24 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .batch import DEFAULT_BATCH_TOKENS, PackedBatch, pack, plan_batches
+from .batch import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, PackedBatch, pack, plan_batches
 from .config import ModernBertConfig, read_config
 from .graphs import MAX_TOKENS, Graphed
 from .st_config import SentenceConfig, length_limit, read_sentence_config
+from .threads import bound_tokenizer, set_threads
 from .tokenizer import Text, Tokenizer
 from .weights import find_checkpoint, load_weights, network_folder
 
 ON_LONG = ("truncate", "error")
-# A window of texts is tokenized, sorted and embedded at a time: this bounds memory, whatever the input's length.
+# A window of texts is read, sorted and embedded at a time: this bounds memory, whatever the input's length.
 _WINDOW_TEXTS, _WINDOW_CHARACTERS = 4_096, 1 << 20
+# Of a window, so many are tokenized while the ones before them are embedded.
+_PIECE_CHARACTERS = 1 << 16
 _STRONGER_MODEL = "Alibaba-NLP/gte-modernbert-base"
 
 P = TypeVar("P", bound="Pipeline")
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -64,18 +69,24 @@ class Pipeline:
         token: str | bool | None = None,
         local_files_only: bool = False,
         max_seq_length: int | None = None,
-        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        batch_tokens: int | None = None,
+        threads: int | None = None,
         on_long: str = "truncate",
         cuda_graphs: bool = True,
         **own: Any,
     ) -> P:
         """path_or_id: a folder, a hub id, or "tiny", the bundled embedding model. device, dtype, revision, token,
-        local_files_only: as in `load_model`. max_seq_length: tokens, instead of the repository's limit. batch_tokens:
-        the most tokens in a batch. on_long: "truncate" or "error" for texts over max_seq_length. cuda_graphs: on CUDA,
-        replay small batches from captured graphs (also off by MODERNBERT_LITE_CUDA_GRAPHS=0).
+        local_files_only: as in `load_model`; dtype may also be "int8", on the CPU. max_seq_length: tokens, instead of
+        the repository's limit. batch_tokens: the most tokens in a batch; None: by the device. threads: that compute on
+        the CPU, for all of this process (torch has one such number); None: MODERNBERT_LITE_THREADS, else torch's own,
+        but no more than the process or its container may use. on_long: "truncate" or "error" for texts over
+        max_seq_length. cuda_graphs: on CUDA, replay small batches from captured graphs (also off by
+        MODERNBERT_LITE_CUDA_GRAPHS=0).
 
-        Raises CheckpointError for a checkpoint that is missing, damaged, unsupported, or another class's: it names it.
+        Raises CheckpointError for a checkpoint that is missing, damaged, unsupported, or another class's: it names it;
+        OptionError for more threads than there are processors.
         """
+        set_threads(threads)
         if path_or_id is None:
             if cls.default_model is None:
                 raise TypeError(f"{cls.__name__}.from_pretrained needs a model: a folder or a hub id")
@@ -104,23 +115,26 @@ class Pipeline:
         device: str | torch.device | None,
         dtype: str | torch.dtype | None,
         max_seq_length: int | None,
-        batch_tokens: int,
+        batch_tokens: int | None,
         on_long: str,
         cuda_graphs: bool,
     ):
         if on_long not in ON_LONG:
             raise ValueError(f"on_long is {on_long!r}; it must be one of {', '.join(ON_LONG)}")
-        if batch_tokens < 1:
+        if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         config = checkpoint.config
         longest = length_limit(checkpoint.sentence, checkpoint.folder, config.max_position_embeddings)
         self.config = config
         self.max_seq_length = longest if max_seq_length is None else max_seq_length
-        self.batch_tokens = batch_tokens
         self.on_long = on_long
         self.tokenizer = Tokenizer(checkpoint.folder, self.max_seq_length, checkpoint.sentence.lower_case)
         self.model = load_weights(network, config, checkpoint.folder, device=device, dtype=dtype)
+        on_cpu = self.device.type == "cpu"
+        self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
         self.max_graph_tokens = MAX_TOKENS if cuda_graphs else 0
+        if on_cpu:
+            bound_tokenizer()
 
     @classmethod
     def check(cls, checkpoint: object) -> None:
@@ -155,31 +169,75 @@ class Pipeline:
         seen = truncated = 0
         with closing(_progress(total, show_progress_bar)) as bar:
             for window in _windows(texts):
-                ids, cut = self.tokenizer.encode(window, seen)
-                if cut and self.on_long == "error":
-                    long = next(i for i, text in enumerate(window) if self.tokenizer.encode([text])[1])
-                    raise ValueError(
-                        f"text {seen + long} is longer than {self.max_seq_length} tokens, and on_long is 'error'; "
-                        "shorten it, or let it be cut with on_long='truncate'"
-                    )
                 results: list[Any] = [None] * len(window)
-                plan = plan_batches([len(sequence) for sequence in ids], self.batch_tokens)
-                for group, rows in _one_behind(self._batches(plan, ids, forward)):
-                    for i, row in zip(group, rows.cpu() if isinstance(rows, Tensor) else rows, strict=True):
-                        results[i] = row
-                    bar.update(len(group))
-                seen, truncated = seen + len(window), truncated + cut
+                with closing(self._batches(window, seen, forward)) as batches:
+                    for group, rows, cut in _one_behind(batches):
+                        for i, row in zip(group, rows.cpu() if isinstance(rows, Tensor) else rows, strict=True):
+                            results[i] = row
+                        bar.update(len(group))
+                        truncated += cut
+                seen += len(window)
                 yield results
         if truncated:
             warn(f"{truncated} of {seen} texts were longer than {self.max_seq_length} tokens and were cut")
 
     def _batches(
-        self, plan: list[list[int]], ids: list[Any], forward: Callable[[PackedBatch], Any]
-    ) -> Iterator[tuple[list[int], Any]]:
-        for group in plan:
-            with torch.inference_mode():
-                rows = forward(pack([ids[i] for i in group], self.device))
-            yield group, rows
+        self, window: list[Text], first: int, forward: Callable[[PackedBatch], Any]
+    ) -> Generator[tuple[list[int], Any, int]]:
+        """(texts' places in the window, their results, how many more were cut), long texts first. `first`: the number
+        of the window's first text."""
+
+        def encode(piece: list[int]) -> tuple[list[list[int]], int]:
+            try:
+                ids, cut = self.tokenizer.encode([window[i] for i in piece])
+            except ValueError:
+                self._refuse(window, first)
+                raise
+            if cut and self.on_long == "error":
+                self._refuse(window, first)
+            return ids, cut
+
+        pieces = _pieces(window)
+        ids: dict[int, list[int]] = {}
+        cut = 0
+        with closing(_one_ahead(encode, pieces)) as encoded:
+            for piece, (sequences, more) in zip(pieces, encoded, strict=True):
+                ids.update(zip(piece, sequences, strict=True))
+                cut += more
+                places = list(ids)
+                groups = [
+                    [places[i] for i in group]
+                    for group in plan_batches([len(sequence) for sequence in ids.values()], self.batch_tokens)
+                ]
+                if piece is not pieces[-1]:
+                    groups.pop()  # it may have room for some of the next piece
+                for group in groups:
+                    with torch.inference_mode():
+                        rows = forward(pack([ids.pop(i) for i in group], self.device))
+                    yield group, rows, cut
+                    cut = 0
+
+    def _refuse(self, window: list[Text], first: int) -> None:
+        """Raises the error of the first text of a window that has one."""
+        for i, text in enumerate(window, first):
+            if self.tokenizer.encode([text], i)[1] and self.on_long == "error":
+                raise ValueError(
+                    f"text {i} is longer than {self.max_seq_length} tokens, and on_long is 'error'; "
+                    "shorten it, or let it be cut with on_long='truncate'"
+                )
+
+
+def _one_ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result]:
+    """function(item) of each; while the caller works on one, a thread makes the next. Closed, it leaves no thread."""
+    if len(items) < 2:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(function, items[0])
+        for item in items[1:]:
+            result, made = made.result(), thread.submit(function, item)
+            yield result
+        yield made.result()
 
 
 def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
@@ -212,12 +270,29 @@ def length(items: object) -> int | None:
     return len(items) if isinstance(items, Sized) else None
 
 
+def _characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+
+
+def _pieces(window: list[Text]) -> list[list[int]]:
+    """Places of texts, those with the most characters first, in lists of at least _PIECE_CHARACTERS (but the last)."""
+    pieces: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(window)), key=lambda i: _characters(window[i]), reverse=True):
+        if room <= 0:
+            pieces.append([])
+            room = _PIECE_CHARACTERS
+        pieces[-1].append(i)
+        room -= _characters(window[i])
+    return pieces
+
+
 def _windows(texts: Iterable[Text]) -> Iterator[list[Text]]:
     window: list[Text] = []
     characters = 0
     for text in texts:
         window.append(text)
-        characters += len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+        characters += _characters(text)
         if len(window) == _WINDOW_TEXTS or characters >= _WINDOW_CHARACTERS:
             yield window
             window, characters = [], 0

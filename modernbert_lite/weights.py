@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from .config import CheckpointError, ModernBertConfig, OptionError, inside, read_config, read_json
 from .heads import MaskedLM, network_class
+from .linear import Linear
 from .model import ModernBert
+from .ops import backend, pack_weight
 
 BUNDLED = "tiny"
 INDEX = "model.safetensors.index.json"
@@ -47,18 +50,23 @@ def load_model(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    packed: bool = True,
 ) -> nn.Module:
     """The bare network named by `architectures`, in eval mode, its weights frozen.
 
     path_or_id: a folder with config.json and safetensors, a hub id such as "answerdotai/ModernBERT-base" (opened from
     the cache without asking the network if it is there), or "tiny", the bundled model.
     device: default CUDA if there is one, else the CPU. dtype: default float32 on the CPU, bfloat16 on CUDA (float16
-    where the card has no bfloat16). Raises CheckpointError for a checkpoint that is missing, damaged or unsupported.
+    where the card has no bfloat16); "int8", on the CPU: the layers' weights in 8 bits, a scale a row, the rest in
+    float32. packed: on the CPU, hold linear weights as its matrix products want them, and only so (cpu.PackedWeight);
+    False leaves plain tensors, for torch.compile, torch.export or an optimizer. Raises CheckpointError for a checkpoint
+    that is missing, damaged or unsupported.
     """
     folder = find_checkpoint(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
     folder = network_folder(folder)
     config = read_config(folder)
-    return load_weights(network_class(config.architecture), config, folder, device=device, dtype=dtype)
+    network = network_class(config.architecture)
+    return load_weights(network, config, folder, device=device, dtype=dtype, packed=packed)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -74,14 +82,17 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """`dtype`, or what suits the device. Raises ValueError for one that isn't known."""
+    """`dtype`, or what suits the device; int8 on the CPU only. Raises ValueError for one that isn't known."""
     if dtype is None:
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    picked = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if picked is None or picked not in _DTYPES.values():
-        raise OptionError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+    known = {**_DTYPES, "int8": torch.int8}
+    picked = known.get(dtype) if isinstance(dtype, str) else dtype
+    if picked is None or picked not in known.values():
+        raise OptionError(f"dtype is {dtype!r}; it must be one of {', '.join(known)}")
+    if picked == torch.int8 and device.type != "cpu":
+        raise OptionError(f"dtype 'int8' is for the CPU, and the device is {str(device)!r}: use bfloat16 or float16")
     return picked
 
 
@@ -231,10 +242,12 @@ def load_weights(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    packed: bool = True,
 ) -> nn.Module:
     """Builds `network` on the meta device and gives it the folder's tensors, one by one, so that there are never two
-    copies; a tensor that needs no conversion stays memory-mapped. Missing, unexpected or misshapen tensors, and values
-    that aren't finite, are a CheckpointError that names them."""
+    copies; a tensor that needs no conversion stays memory-mapped, as does the embedding table of the CPU, whose rows
+    are converted as they are looked up. dtype, packed: as in `load_model`. Missing, unexpected or misshapen tensors,
+    and values that aren't finite, are a CheckpointError that names them."""
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     with torch.device("meta"):
@@ -248,7 +261,20 @@ def load_weights(
         more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"{folder} doesn't fit its config.json: {'; '.join(problems[:12])}{more}")
 
-    state = {name: _read(path, key, device, dtype) for name, (path, key) in found.items()}
+    int8, dtype = dtype == torch.int8, torch.float32 if dtype == torch.int8 else dtype
+    linears = {f"{name}.weight": layer.parts for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    packs = packed and backend("linear", torch.empty(0, dtype=dtype, device=device)) == "onednn"
+    # One buffer for what is packed next: the holes that a buffer each would leave are too small for what follows.
+    buffer = torch.empty(max(math.prod(expected[name]) for name in linears) if packs or int8 else 0, dtype=dtype)
+    state = {}
+    for name, (path, key) in found.items():
+        if name.endswith("tok_embeddings.weight") and device.type == "cpu" and not tied:
+            state[name] = _read_table(path, key, dtype, int8)
+        elif name in linears and (packs or (int8 and "layers." in name)):
+            weight = _read(path, key, device, dtype, buffer)
+            state[name] = pack_weight(weight, linears[name], "int8" if int8 and "layers." in name else None)
+        else:
+            state[name] = _read(path, key, device, dtype)
     if tied:
         embedding = state["model.embeddings.tok_embeddings.weight"]
         if not torch.equal(state.setdefault("decoder.weight", embedding), embedding):
@@ -301,7 +327,38 @@ def load_dense(folder: Path, expected: dict[str, tuple[Any, ...]], device: torch
     return {key: _read(path, key, device, torch.float32) for path, keys in shapes.items() for key in keys}
 
 
-def _read(path: Path, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _read(path: Path, key: str, device: torch.device, dtype: torch.dtype, buffer: Tensor | None = None) -> Tensor:
+    """A checked tensor, memory-mapped if it needs no conversion; otherwise in `buffer`, if that is given."""
+    tensor = _open_tensor(path, key)
+    if buffer is None or tensor.dtype == dtype:
+        converted = tensor.to(device=device, dtype=dtype)
+    else:
+        converted = buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+    # A sum is finite only if every term is. In pieces, because torch sums 16-bit numbers through a copy in fp32.
+    if not all(torch.isfinite(part.sum(dtype=torch.float32)) for part in converted.flatten().split(1 << 18)):
+        _refuse(key, tensor, dtype)
+    return converted
+
+
+def _read_table(path: Path, key: str, dtype: torch.dtype, small: bool) -> Tensor:
+    """A table of which few rows are looked up: memory-mapped and untouched, if it is in `dtype` or in 16 bits, or else
+    in `dtype`; small: in 16 bits where its numbers allow that."""
+    tensor = _open_tensor(path, key)
+    largest = 0.0
+    for i in range(0, len(tensor), 1024):  # each piece through a mapping of its own, whose pages go with it
+        piece = open_safetensors(path).get_slice(key)[i : i + 1024]
+        extremes = torch.stack(piece.aminmax()).double().abs()
+        if not torch.isfinite(extremes.sum()):  # aminmax gives NaN where there is one
+            _refuse(key, tensor, dtype)
+        largest = max(largest, float(extremes.max()))
+    if largest > torch.finfo(dtype).max:
+        _refuse(key, tensor, dtype)
+    if small and largest <= torch.finfo(torch.float16).max:
+        dtype = torch.float16
+    return tensor if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.to(dtype)
+
+
+def _open_tensor(path: Path, key: str) -> Tensor:
     # Mapped anew for each tensor: the mapping of one that was converted goes with it, and its pages with the mapping.
     try:
         tensor: Tensor = open_safetensors(path).get_tensor(key)
@@ -309,10 +366,10 @@ def _read(path: Path, key: str, device: torch.device, dtype: torch.dtype) -> Ten
         raise CheckpointError(f"{key} can't be read: {error}; only {', '.join(_DTYPES)} are") from None
     if tensor.dtype not in (*_DTYPES.values(), torch.float64):
         raise CheckpointError(f"{key} is stored as {tensor.dtype}; only {', '.join(_DTYPES)} are read")
-    converted = tensor.to(device=device, dtype=dtype)
-    # A sum is finite only if every term is. In pieces, because torch sums 16-bit numbers through a copy in fp32.
-    if not all(torch.isfinite(part.sum(dtype=torch.float32)) for part in converted.flatten().split(1 << 20)):
-        bad = int((~torch.isfinite(tensor)).sum())
-        how = f"{bad} values that are NaN or infinite" if bad else f"values too large for {dtype}"
-        raise CheckpointError(f"{key} holds {how}: the checkpoint is damaged, or needs another dtype")
-    return converted
+    return tensor
+
+
+def _refuse(key: str, tensor: Tensor, dtype: torch.dtype) -> NoReturn:
+    bad = int((~torch.isfinite(tensor)).sum())
+    how = f"{bad} values that are NaN or infinite" if bad else f"values too large for {dtype}"
+    raise CheckpointError(f"{key} holds {how}: the checkpoint is damaged, or needs another dtype")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import modernbert_lite as ml
-from modernbert_lite.batch import DEFAULT_BATCH_TOKENS, plan_batches
+from modernbert_lite.batch import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, plan_batches
 
 
 def ragged(seed: int, count: int, longest: int = 40) -> list[list[int]]:
@@ -205,10 +205,10 @@ def test_plan_gives_the_numbers_of_its_docstring():
     assert plan_batches([3, 9, 4, 2], 8) == [[1], [2, 0], [3]]
 
 
-def test_default_budget():
-    assert DEFAULT_BATCH_TOKENS == 16_384
-    assert len(plan_batches([128] * 128)) == 1
-    assert len(plan_batches([128] * 129)) == 2
+@pytest.mark.parametrize("budget", [CPU_BATCH_TOKENS, GPU_BATCH_TOKENS])
+def test_a_budget_is_filled_and_not_passed(budget):
+    assert len(plan_batches([128] * (budget // 128), budget)) == 1
+    assert len(plan_batches([128] * (budget // 128 + 1), budget)) == 2
 
 
 @pytest.mark.parametrize("seed", range(40))

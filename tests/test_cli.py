@@ -160,6 +160,26 @@ def test_numbers_that_can_never_work_are_bad_usage(run, option):
     assert_one_line(result.err)
 
 
+def test_more_threads_than_processors_are_bad_usage(run):
+    result = run("embed", "a", "--model", "no/such-model", "--threads", 1_000_000)
+    assert result.status == 2
+    assert_one_line(result.err, "threads is 1000000; it must be a whole number from 1 to")
+
+
+def test_threads_and_batch_tokens_are_passed_on(run, monkeypatch):
+    given = {}
+
+    def loaded(*_, **options):
+        given.update(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Embedder, "from_pretrained", loaded)
+    run("embed", "a", "--model", "tiny", "--threads", "1", "--dtype", "int8")
+    assert (given["threads"], given["batch_tokens"], given["dtype"]) == (1, None, "int8")
+    run("embed", "a", "--model", "tiny", "--batch-tokens", "300")
+    assert (given["threads"], given["batch_tokens"], given["dtype"]) == (None, 300, None)
+
+
 def test_top_k_that_can_never_work_is_bad_usage(run):
     assert run("rerank", "q", "a", "--top-k", "0").status == 2
 

@@ -107,8 +107,9 @@ def test_star_import():
 # Each may import what stands before it. What is made for a device stands aside: it has its own importers.
 LAYERS = [
     {"config", "batch"},
-    {"ops"},
-    {"model", "pooling"},
+    {"ops", "threads"},
+    {"linear", "pooling"},
+    {"model"},
     {"heads", "graphs"},
     {"weights"},
     {"tokenizer", "st_config"},
@@ -268,7 +269,8 @@ def test_import_takes_milliseconds():
 
 def test_the_core_stays_lite():
     """An alarm that asks for a thought, not a limit to game (about 2,500 lines; a file about 300). The thought so far:
-    a quarter is refusals and their messages; gpu.py and graphs.py, 440 lines, are what a GPU needs beside kernels."""
+    a quarter is refusals and their messages; gpu.py and graphs.py, 450 lines, are what a GPU needs beside kernels;
+    cpu.py, linear.py and threads.py, 490, what a CPU does (three dtypes, with probes and warnings for each)."""
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in CORE}
-    assert sum(lines.values()) < 3_800
-    assert max(lines.values()) < 400, lines
+    assert sum(lines.values()) < 4_350
+    assert max(lines.values()) < 425, lines

@@ -1,0 +1,91 @@
+"""How many threads compute: what the process may use, and no more, in containers too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .config import OptionError
+
+VARIABLE = "MODERNBERT_LITE_THREADS"
+_TOKENIZER = "RAYON_NUM_THREADS"  # read when the tokenizers library first tokenizes a batch
+_ours: str | None = None  # what was set here for the tokenizer, and so may be set again
+
+
+def available(root: Path = Path("/")) -> int:
+    """Processors that this process may use: its affinity, and the CPU quota of its container, rounded up."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([processors, *_quotas(root)])
+
+
+def set_threads(threads: int | None) -> None:
+    """torch's threads in this process: `threads`, else MODERNBERT_LITE_THREADS, else as torch has it, but no more than
+    are available. The tokenizer's own, unless RAYON_NUM_THREADS is set, become as many as were asked for.
+
+    Raises OptionError for a number that is not from 1 to the available processors."""
+    most, name, value = available(), "threads", threads
+    text = os.environ.get(VARIABLE, "").strip()
+    if threads is None and text:
+        name, value = VARIABLE, int(text) if text.isdecimal() and len(text) < 10 else None
+    elif threads is None:
+        if torch.get_num_threads() > most:
+            torch.set_num_threads(most)
+        return
+    if type(value) is not int or not 1 <= value <= most:
+        got = repr(threads) if name == "threads" else repr(text)
+        raise OptionError(
+            f"{name} is {got:.60}; it must be a whole number from 1 to {most}, the processors that this process may use"
+        )
+    torch.set_num_threads(value)
+    bound_tokenizer()
+
+
+def bound_tokenizer() -> None:
+    """The tokenizer's threads become as many as torch's: what computes on the same processors shares them."""
+    global _ours
+    if os.environ.get(_TOKENIZER) in (None, _ours):
+        os.environ[_TOKENIZER] = _ours = str(torch.get_num_threads())
+
+
+def _quotas(root: Path) -> Iterator[int]:
+    """Of the process's control groups and all above them. What can't be read or understood limits nothing."""
+    for folder in _control_groups(root):
+        for read in (_quota_v2, _quota_v1):
+            try:
+                quota, period = read(folder)
+            except (OSError, ValueError):
+                continue
+            if quota > 0 and period > 0:
+                yield -(-quota // period)
+
+
+def _quota_v2(folder: Path) -> tuple[int, int]:
+    """ "150000 100000", microseconds of each so many; "max 100000" is no number."""
+    quota, period = (folder / "cpu.max").read_text().split()
+    return int(quota), int(period)
+
+
+def _quota_v1(folder: Path) -> tuple[int, int]:
+    """Two files; -1 is no limit."""
+    return int((folder / "cpu.cfs_quota_us").read_text()), int((folder / "cpu.cfs_period_us").read_text())
+
+
+def _control_groups(root: Path) -> Iterator[Path]:
+    """Folders of the groups that the process is in, and those above. Inside a container its path may be the host's,
+    which isn't there: then the mount itself is the container's group."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, ValueError):
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        parts = [part for part in path.split("/") if part]
+        depths = range(len(parts) + 1) if ".." not in parts else range(1)
+        for mount in {controllers, "cpu"} if controllers else {""}:
+            yield from (root.joinpath("sys/fs/cgroup", mount, *parts[:depth]) for depth in depths)

@@ -1,0 +1,553 @@
+"""The CPU's fast paths: packed weights, 8-bit weights, long attention, and what happens where they don't work."""
+
+import copy
+import io
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import modernbert_lite as ml
+from modernbert_lite import cpu, ops
+from modernbert_lite.linear import Linear
+from modernbert_lite.ops import is_packed
+
+FP32 = torch.float32
+SIZES = [(1, 8), (5, 7), (12, 16), (64, 33), (130, 96)]  # (M, K)
+TOKENS = [1, 2, 31, 65, 513]
+ONEDNN = cpu.works(FP32)
+needs_onednn = pytest.mark.skipif(not ONEDNN, reason="this torch has no oneDNN linear")
+BF16 = cpu.works(torch.bfloat16)
+DTYPES = [FP32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not BF16, reason="no bf16 in oneDNN here"))]
+
+SMALL_VOCAB = {
+    "vocab_size": 500,
+    "pad_token_id": 0,
+    "cls_token_id": 1,
+    "bos_token_id": 1,
+    "sep_token_id": 2,
+    "eos_token_id": 2,
+}
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def token_ids(*lengths: int) -> list[torch.Tensor]:
+    return [torch.randint(5, 400, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """oneDNN wherever it works, whether or not it pays on this machine."""
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "onednn")
+
+
+@pytest.fixture
+def unprobed():
+    """Lets the probes run again, in the test and after it."""
+    probes = cpu.works, cpu.int8_works, cpu.pays, cpu.gain
+    for probe in probes:
+        probe.cache_clear()
+    yield
+    for probe in probes:
+        probe.cache_clear()
+
+
+def within_twice(got, plain, truth):
+    error, allowed = ((x.double() - truth).abs().max().item() for x in (got, plain))
+    return error <= (2e-5 if got.dtype == plain.dtype == FP32 else 2 * allowed + 1e-6)
+
+
+# ---- products with packed weights ----------------------------------------------------------------------------------
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", SIZES)
+@torch.inference_mode()
+def test_packed_products_equal_plain_ones(forced, shape, bias, dtype):
+    weight = (randn(*shape, seed=1) * shape[1] ** -0.5).to(dtype)
+    b = randn(shape[0], seed=2).to(dtype) if bias else None
+    packed = ops.pack_weight(weight)
+    assert is_packed(packed)
+    for tokens in TOKENS:
+        x, residual = randn(tokens, shape[1], seed=tokens).to(dtype), randn(tokens, shape[0], seed=3).to(dtype)
+        plain = F.linear(x, weight, b)
+        truth = x.double() @ weight.double().t() + (0 if b is None else b.double())
+        assert within_twice(ops.linear(x, packed, b), plain, truth)
+        got = ops.linear(x, packed, b, residual.clone())
+        assert within_twice(got, residual + plain, truth + residual.double())
+        assert got.dtype == FP32 or dtype == FP32  # the residual stream is kept in fp32
+        part = slice(shape[0] // 3, None)
+        assert within_twice(ops.linear_part(x, packed, b, part), plain[:, part], truth[:, part])
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["gelu", "silu", "relu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_gated_products_equal_plain_ones(forced, act, bias, dtype):
+    weight = (randn(2 * 37, 24, seed=1) * 24**-0.5).to(dtype)
+    b = randn(2 * 37, seed=2).to(dtype) if bias else None
+    packed = ops.pack_weight(weight, 2)
+    for tokens in TOKENS:
+        x = randn(tokens, 24, seed=tokens).to(dtype)
+        y = F.linear(x, weight, b)
+        z = x.double() @ weight.double().t() + (0 if b is None else b.double())
+        plain, truth = (ops.activation(act)(v.chunk(2, -1)[0]) * v.chunk(2, -1)[1] for v in (y, z))
+        assert within_twice(ops.gated_linear(x, packed, b, act), plain, truth)
+        assert within_twice(ops.linear(x, packed, b), y, z)  # the two halves as one
+
+
+@needs_onednn
+@torch.inference_mode()
+def test_strided_and_empty_input_is_multiplied_right(forced):
+    weight = randn(6, 16, seed=1)
+    packed = ops.pack_weight(weight)
+    x = randn(9, 40)[:, 3:19]
+    assert torch.allclose(ops.linear(x, packed), F.linear(x, weight), atol=2e-5)
+    assert ops.linear(x[:0], packed).shape == (0, 6)
+    assert torch.allclose(ops.linear(x[None], packed), F.linear(x[None], weight), atol=2e-5)
+
+
+@needs_onednn
+def test_gradients_flow_through_packed_weights(forced):
+    weight, x = randn(12, 16), randn(5, 16, seed=1).requires_grad_()
+    packed = torch.nn.Parameter(ops.pack_weight(weight))
+    (ops.linear(x, packed).square().sum() + ops.gated_linear(x, packed, None, "gelu").sum()).backward()
+    plain, y = weight.clone().requires_grad_(), x.detach().clone().requires_grad_()
+    first, second = F.linear(y, plain).chunk(2, -1)
+    (F.linear(y, plain).square().sum() + (F.gelu(first) * second).sum()).backward()
+    assert torch.allclose(x.grad, y.grad, atol=1e-4)
+    assert torch.allclose(packed.grad, plain.grad, atol=1e-4)
+
+
+# ---- a packed weight is a tensor to everybody else -----------------------------------------------------------------
+
+
+@needs_onednn
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_weight_gives_its_numbers_back_bit_for_bit(forced, parts, dtype):
+    weight = randn(38, 23).to(dtype)
+    packed = ops.pack_weight(weight, parts)
+    assert torch.equal(packed.dense(), weight)
+    assert (packed.shape, packed.dtype, packed.device) == (weight.shape, dtype, weight.device)
+    assert torch.equal(packed * 2, weight * 2)
+    assert torch.equal(packed[3:5], weight[3:5])
+    assert packed.numel() == weight.numel()
+    assert "PackedWeight((38, 23)" in repr(packed)
+
+
+@needs_onednn
+def test_a_packed_weight_refuses_to_be_written_to(forced):
+    packed = ops.pack_weight(randn(4, 6))
+    for write in (lambda w: w.mul_(2), lambda w: w.detach().zero_(), lambda w: w.__setitem__(0, 5.0)):
+        with (
+            torch.no_grad(),
+            pytest.raises(TypeError, match=r"packed for inference .* packed=False, or call its train"),
+        ):
+            write(packed)
+
+
+@pytest.fixture
+def layer(forced):
+    if not ONEDNN:
+        pytest.skip("this torch has no oneDNN linear")
+    linear = Linear(16, 12, bias=True, parts=2).requires_grad_(False).eval()
+    dense = linear.weight.clone()
+    linear.pack()
+    assert is_packed(linear.weight)
+    return linear, dense
+
+
+def test_a_layer_s_state_is_plain_and_loads_anywhere(layer, tmp_path):
+    linear, dense = layer
+    state = linear.state_dict()
+    assert type(state["weight"]) is torch.Tensor or type(state["weight"]) is torch.nn.Parameter
+    assert torch.equal(state["weight"], dense)
+    save_file(state, tmp_path / "a.safetensors")
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["weight"], dense)
+    buffer = io.BytesIO()
+    torch.save(linear, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False).weight, dense)
+    linear.load_state_dict({"weight": dense * 2, "bias": state["bias"]})
+    with torch.inference_mode():
+        assert torch.allclose(linear(torch.ones(3, 16)), F.linear(torch.ones(3, 16), dense * 2, linear.bias), atol=1e-5)
+
+
+def test_a_copy_is_a_copy(layer):
+    linear, dense = layer
+    other = copy.deepcopy(linear)
+    other.weight.data.mul_(2)
+    assert torch.equal(other.weight, dense * 2)
+    assert torch.equal(linear.weight.dense(), dense)
+
+
+@pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: m.to("meta"), lambda m: m.half()])
+def test_moved_to_another_device_or_dtype_a_weight_is_plain(layer, move):
+    linear, dense = layer
+    moved = move(linear).weight
+    assert not is_packed(moved)
+    assert moved.is_meta or torch.equal(moved, dense.to(moved.dtype))
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.float(), lambda m: m.eval(), lambda m: m.cpu()])
+def test_moved_nowhere_it_stays_packed(layer, move):
+    linear, dense = layer
+    assert is_packed(move(linear).weight)
+    assert list(dict(linear.named_parameters())) == ["weight", "bias"]
+    assert torch.equal(linear.weight.dense(), dense)
+
+
+def test_a_layer_that_is_to_train_is_unpacked(layer):
+    linear, dense = layer
+    linear.train().requires_grad_(True)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.5)
+    linear(torch.ones(2, 16)).sum().backward()
+    optimizer.step()
+    assert torch.allclose(linear.weight, dense - 0.5 * 2.0)
+
+
+# ---- a network, packed ---------------------------------------------------------------------------------------------
+
+LENGTHS = (1, 64, 65, 130, 257, 3, 3)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_loaded_network_holds_each_linear_weight_once(make_checkpoint, forced, dtype):
+    folder, reference = make_checkpoint("ModernBertForSequenceClassification", **SMALL_VOCAB)
+    network = ml.load_model(folder, device="cpu", dtype=dtype)
+    layers = [m for m in network.modules() if isinstance(m, Linear)]
+    assert len(layers) == 4 * network.config.num_hidden_layers + 1
+    assert all(is_packed(m.weight) for m in layers)
+    int8 = [m for m in layers if isinstance(m.weight, cpu.Int8Weight)]
+    assert len(int8) == (0 if dtype == "float32" else 4 * network.config.num_hidden_layers)
+    if dtype == "float32":
+        state = network.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in reference.state_dict().items())
+        assert set(state) == set(reference.state_dict())
+
+
+def test_the_switches_leave_weights_as_they_are(make_checkpoint, monkeypatch):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    assert not any(map(is_packed, ml.load_model(folder, device="cpu", packed=False).parameters()))
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "torch")
+    assert not any(map(is_packed, ml.load_model(folder, device="cpu").parameters()))
+
+
+@needs_onednn
+def test_a_packed_network_obeys_a_backend_that_is_chosen_later(make_checkpoint, forced, monkeypatch):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    network, batch = ml.load_model(folder, device="cpu"), ml.pack(token_ids(*LENGTHS))
+    fast = network(batch)
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "torch")
+    monkeypatch.setattr(cpu, "_multiply", None)
+    assert (network(batch) - fast).abs().max() <= 2e-5
+
+
+@pytest.mark.skipif(not BF16, reason="no bf16 in oneDNN here")
+def test_bf16_keeps_the_residual_stream_in_fp32_and_is_more_exact_than_transformers(make_checkpoint, forced):
+    folder, reference = make_checkpoint(**SMALL_VOCAB, num_hidden_layers=6)
+    ids = token_ids(257)[0]
+    with torch.inference_mode():
+        exact = reference(ids[None]).last_hidden_state[0]
+        theirs = reference.bfloat16()(ids[None]).last_hidden_state[0]
+        got = ml.load_model(folder, device="cpu", dtype="bfloat16")(ml.pack([ids]))
+    assert got.dtype == torch.bfloat16
+    assert (got - exact).square().mean() < 0.7 * (theirs - exact).square().mean()
+
+
+@needs_onednn
+def test_torch_compile_of_a_packed_network_gives_the_same_numbers(make_checkpoint, forced):
+    folder, _ = make_checkpoint(**SMALL_VOCAB, num_hidden_layers=2)
+    network, batch = ml.load_model(folder, device="cpu"), ml.pack(token_ids(5, 70))
+    expected = network(batch)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (torch.compile(network, backend="eager")(batch) - expected).abs().max() <= 2e-5
+
+
+# ---- the embedding table -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_16_bit_table_stays_as_it_is_stored_and_changes_nothing(make_checkpoint, stored, dtype):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    tensors = {k: v.to(stored) for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    batch = ml.pack(token_ids(*LENGTHS))
+    network = ml.load_model(folder, device="cpu", dtype=dtype)
+    table = network.embeddings.tok_embeddings
+    assert table.weight.dtype == stored
+    got = network(batch)
+    table.weight = torch.nn.Parameter(table.weight.to(network.final_norm.weight.dtype), requires_grad=False)
+    assert torch.equal(network(batch), got)
+
+
+def test_a_table_too_large_for_16_bits_stays_in_fp32(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embeddings.tok_embeddings.weight"][7, 3] = 1e6
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert ml.load_model(folder, device="cpu", dtype="int8").embeddings.tok_embeddings.weight.dtype == FP32
+    with pytest.raises(ml.CheckpointError, match=r"tok_embeddings.weight holds values too large for torch.float16"):
+        ml.load_model(folder, device="cpu", dtype="float16")
+
+
+# ---- int8 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["packed", "dense"])
+def int8(request, monkeypatch, unprobed):
+    """With oneDNN's product of 8-bit numbers, and without it."""
+    if request.param == "packed":
+        if not cpu.int8_works():
+            pytest.skip("this torch has no int8 linear")
+    else:
+        monkeypatch.setattr(cpu, "int8_works", lambda: False)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_8_bit_weights_are_off_by_half_a_step_at_most(int8, shape):
+    weight = randn(*shape) * 10 ** randn(shape[0], 1, seed=1)
+    weight[0] = 0
+    quantized = ops.pack_weight(weight, dtype="int8")
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((quantized.dense() - weight).abs() <= 0.5001 * step + 1e-30).all()
+    assert (quantized.shape, quantized.dtype) == (weight.shape, FP32)
+    assert "Int8Weight" in repr(quantized)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [*TOKENS, 1025])
+def test_8_bit_products_are_as_exact_as_8_bits_allow(int8, tokens, bias):
+    """Against fp64: activations and weights are each off by half a step at most, at random."""
+    x, weight, residual = randn(tokens, 96), randn(74, 96, seed=1), randn(tokens, 74, seed=2)
+    x[0] *= 1e4  # one row's size is its own matter
+    b = randn(74, seed=3) if bias else None
+    quantized = ops.pack_weight(weight, 2, "int8")
+    truth = x.double() @ weight.double().t() + (0 if b is None else b)
+    noise = 96**0.5 * (x.abs().amax(1, keepdim=True) / 127 + x.square().mean(1, keepdim=True).sqrt() / 127 * 4)
+    assert ((ops.linear(x, quantized, b) - truth).abs() <= 1.5 * noise).all()
+    got = ops.linear(x, quantized, b, residual.clone())
+    assert ((got - truth - residual).abs() <= 1.5 * noise).all()
+    y = ops.linear(x, quantized, b)
+    for act in ("gelu", "silu"):
+        first, second = y.chunk(2, -1)
+        expected = ops.activation(act)(first) * second
+        assert torch.allclose(ops.gated_linear(x, quantized, b, act), expected, rtol=1e-4, atol=1e-3 * noise.max())
+
+
+@torch.inference_mode()
+def test_8_bit_products_of_a_row_do_not_depend_on_the_rows_beside_it(int8):
+    x, quantized = randn(700, 96), ops.pack_weight(randn(74, 96, seed=1), dtype="int8")
+    x[1] *= 1e6
+    together = ops.linear(x, quantized)
+    for rows in (slice(0, 1), slice(5, 40), slice(511, 514)):
+        difference = (ops.linear(x[rows], quantized) - together[rows]).abs().max()
+        assert difference <= (0 if int8 == "packed" else 2e-5)
+
+
+@torch.inference_mode()
+def test_8_bit_products_of_zeros_nan_and_infinities(int8):
+    x, quantized = randn(5, 16), ops.pack_weight(randn(6, 16, seed=1), dtype="int8")
+    expected = ops.linear(x, quantized)
+    x[1], x[2, 3], x[3, 0] = 0, float("nan"), float("inf")
+    got = ops.linear(x, quantized)
+    assert (got[1] == 0).all()
+    assert not got[2:4].isfinite().any()
+    assert torch.equal(got[[0, 4]], expected[[0, 4]])
+
+
+def test_int8_embeddings_of_the_bundled_model_are_near_fp32(int8):
+    texts = [
+        "The capital of France is Paris.", "a", "", "Berlin is where the German parliament meets.", "🙂 emoji",
+        "def add(a, b):\n    return a + b", "How do I unpack a tar archive?", "tar -xf archive.tar",
+        "long " * 300, "The mitochondrion is the powerhouse of the cell, as every pupil has heard.",
+    ]  # fmt: skip
+    exact = ml.Embedder.from_pretrained("tiny", device="cpu").encode(texts)
+    embedder = ml.Embedder.from_pretrained("tiny", device="cpu", dtype="int8")
+    cosines = (exact * embedder.encode(texts)).sum(1)
+    assert cosines.mean() >= 0.995
+    assert cosines.min() >= 0.98
+    one_by_one = [embedder.encode(text) for text in texts]
+    assert abs(embedder.encode(texts) - one_by_one).max() <= 1e-5
+
+
+@pytest.mark.skipif(not cpu.int8_works(), reason="this torch has no int8 linear")
+def test_8_bit_weights_take_a_quarter(make_checkpoint):
+    weight = randn(768, 768)
+    quantized = ops.pack_weight(weight, dtype="int8")
+    assert sum(part.numel() * part.element_size() for part in quantized.parts) == weight.numel()
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_int8_is_refused_on_other_devices(device):
+    from modernbert_lite.weights import pick_dtype
+
+    with pytest.raises(ValueError, match=f"'int8' is for the CPU, and the device is '{device}'"):
+        pick_dtype("int8", torch.device(device))
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def attended(qkv, batch, window_size=(-1, -1)):
+    with torch.inference_mode():
+        return ops.attention(qkv, batch, window_size)
+
+
+@needs_onednn
+@pytest.mark.parametrize("lengths", [[1], [2, 2, 511], [513], [1100, 3, 1100]])
+def test_attention_in_chunks_equals_the_formula(forced, monkeypatch, lengths):
+    monkeypatch.setattr(cpu, "attends_in_chunks", lambda length, dtype: True)
+    monkeypatch.setattr(cpu, "_QUERIES", 256)
+    batch, qkv = ml.pack([[0] * n for n in lengths]), randn(sum(lengths), 3, 3, 24)
+    qkv[:, 1] += 5  # what all keys have in common
+    for got, one in zip(attended(qkv, batch).split(lengths), qkv.double().split(lengths), strict=True):
+        q, k, v = one.permute(1, 2, 0, 3)
+        truth = torch.softmax(q @ k.transpose(1, 2) / 24**0.5, -1) @ v
+        assert (got - truth.transpose(0, 1)).abs().max() <= 1e-5
+
+
+@pytest.mark.skipif(not BF16, reason="no bf16 in oneDNN here")
+def test_long_bf16_attention_is_as_exact_as_products_in_bf16(forced):
+    qkv = randn(1500, 3, 2, 64)
+    q, k, v = qkv.bfloat16().permute(1, 2, 0, 3)
+    exact = F.scaled_dot_product_attention(*(x.double()[None] for x in (q, k, v)))[0].transpose(0, 1)
+    plain = (torch.softmax(q @ k.transpose(1, 2) / 8, -1) @ v).transpose(0, 1)
+    assert cpu.attends_in_chunks(1500, torch.bfloat16)
+    got = attended(qkv.bfloat16(), ml.pack([[0] * 1500]))
+    assert got.dtype == torch.bfloat16
+    assert within_twice(got, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_local_attention_in_16_bits_is_more_exact_than_torch_s(forced, dtype):
+    qkv, batch = randn(300, 3, 2, 32), ml.pack([[0] * 270, [0] * 30])
+    truth = attended(qkv.to(dtype).double(), batch, (64, 64))
+    got = attended(qkv.to(dtype), batch, (64, 64))
+    assert got.dtype == dtype
+    assert (got - truth).abs().max() <= (truth.to(dtype) - truth).abs().max() * 1.01
+
+
+def test_when_attention_goes_in_chunks(monkeypatch):
+    monkeypatch.setattr(cpu, "pays", lambda dtype: True)
+    monkeypatch.setattr(cpu, "gain", lambda: 2.3)
+    assert cpu.attends_in_chunks(8192, FP32)
+    assert not cpu.attends_in_chunks(2048, FP32)
+    assert cpu.attends_in_chunks(2048, torch.bfloat16)
+    assert not cpu.attends_in_chunks(512, torch.bfloat16)
+    assert not cpu.attends_in_chunks(8192, torch.float64)
+    monkeypatch.setattr(cpu, "gain", lambda: 1.2)
+    assert not cpu.attends_in_chunks(8192, FP32)
+
+
+# ---- where oneDNN is missing, wrong, or slow -----------------------------------------------------------------------
+
+
+def missing(*_: object) -> torch.Tensor:
+    raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
+
+
+def failing(*_: object) -> torch.Tensor:
+    raise RuntimeError("mkldnn: could not create a primitive")
+
+
+@pytest.mark.parametrize("broken", [missing, failing])
+@pytest.mark.parametrize("name", ["pack", "_multiply", "_multiply_and"])
+def test_a_torch_without_the_operators_falls_back_with_one_warning(
+    make_checkpoint, forced, monkeypatch, unprobed, broken, name
+):
+    folder, reference = make_checkpoint(**SMALL_VOCAB)
+    monkeypatch.setattr(cpu, name, broken)
+    with pytest.warns(UserWarning, match="no usable oneDNN linear") as caught:
+        network, _ = ml.load_model(folder, device="cpu"), ml.load_model(folder, device="cpu")
+    assert len(caught) == 1
+    ids = token_ids(70)[0]
+    got = network(ml.pack([ids]))
+    with torch.inference_mode():
+        assert (got - reference(ids[None]).last_hidden_state[0]).abs().max() <= 2e-5
+
+
+@needs_onednn
+def test_operators_that_give_other_numbers_are_left_alone(forced, monkeypatch, unprobed):
+    right = cpu._multiply
+    monkeypatch.setattr(cpu, "_multiply", lambda *args: right(*args) * 1.01)
+    with pytest.warns(UserWarning, match="gives other numbers"):
+        assert not is_packed(ops.pack_weight(randn(12, 16)))
+
+
+@pytest.mark.parametrize("broken", [missing, failing, lambda *_: torch.zeros(3, 5)])
+def test_an_int8_product_that_is_missing_or_wrong_is_made_dense_with_one_warning(monkeypatch, unprobed, broken):
+    monkeypatch.setattr(cpu, "_int8_product", broken)
+    weight, x = randn(12, 16), randn(5, 16, seed=1)
+    with pytest.warns(UserWarning, match="int8 is slow here") as caught:
+        quantized = [ops.pack_weight(weight, dtype="int8") for _ in range(2)]
+    assert len(caught) == 1
+    with torch.inference_mode():
+        got = ops.linear(x, quantized[0])
+    assert (got - F.linear(x, weight)).abs().max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("vendor", "ratio", "pays"),
+    [("AuthenticAMD", 0.5, True), ("GenuineIntel", 1.0, False), ("GenuineIntel", 1.2, True), ("", 2.0, True)],
+)
+def test_fp32_is_packed_on_amd_and_elsewhere_where_it_measures_faster(monkeypatch, unprobed, vendor, ratio, pays):
+    monkeypatch.setattr(cpu, "_cpu_vendor", lambda: f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr(cpu, "gain", lambda: ratio)
+    monkeypatch.setattr(cpu, "works", lambda dtype: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert cpu.pays(FP32) is pays
+
+
+@needs_onednn
+def test_the_gain_is_measured_in_a_few_milliseconds(unprobed):
+    assert 0.1 < cpu.gain() < 10
+
+
+def test_bf16_on_a_cpu_without_it_is_torch_s_own_with_one_warning(make_checkpoint, monkeypatch, unprobed):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    with pytest.warns(UserWarning, match="this CPU has no fast bfloat16 products") as caught:
+        networks = [ml.load_model(folder, device="cpu", dtype="bfloat16") for _ in range(2)]
+    assert len(caught) == 1
+    assert not any(map(is_packed, networks[0].parameters()))
+    assert networks[0](ml.pack(token_ids(70))).isfinite().all()
+
+
+def test_without_avx512_everything_still_works():
+    """A CPU of 2013, as far as oneDNN and torch play it: right, in fp32, bf16 and int8."""
+    code = """
+import warnings, torch, modernbert_lite as ml
+warnings.simplefilter("ignore")
+exact = ml.load_model("tiny", device="cpu", packed=False)
+batch = ml.pack([list(range(5, 90)), [7, 8]])
+with torch.inference_mode():
+    for dtype, least in (("float32", 0.99999), ("bfloat16", 0.99), ("int8", 0.98)):
+        got = ml.load_model("tiny", device="cpu", dtype=dtype)(batch).float()
+        cosine = torch.cosine_similarity(got, exact(batch)).mean()
+        assert cosine >= least, (dtype, cosine)
+print("right")
+"""
+    environment = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "right", done.stderr

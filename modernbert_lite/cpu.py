@@ -102,9 +102,15 @@ def pack(weight: Tensor, parts: int = 1) -> PackedWeight:
 
 def quantize(weight: Tensor) -> Int8Weight:
     """(M, K) -> 8 bits, each row scaled by its own largest number; packed where oneDNN's int8 product works."""
-    weight = weight.detach().float()
-    scale = weight.abs().amax(1).div_(127).clamp_(min=_TINY)
-    numbers = (weight / scale[:, None]).round_().to(torch.int8)
+    # Few rows at a time (too few to wait for other threads), and into memory that isn't aligned: freed aligned blocks
+    # don't fit the next ones of their size (glibc), and a network's worth of them stayed.
+    numbers = torch.frombuffer(bytearray(weight.numel()), dtype=torch.int8).view(weight.shape)
+    scale = torch.empty(len(weight))
+    step = max(1, 32_768 // weight.shape[1])
+    for i in range(0, len(weight), step):
+        rows, part = weight.detach()[i : i + step].float(), slice(i, i + step)
+        scale[part] = rows.abs().amax(1).div_(127).clamp_(min=_TINY)
+        numbers[part] = (rows / scale[part, None]).round_()
     return Int8Weight(torch.ops.onednn.qlinear_prepack(numbers, None) if int8_works() else numbers, scale)
 
 
@@ -319,6 +325,6 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dtype: torch
 
 
 def rounding(weight: Tensor) -> torch.dtype:
-    """The dtype that suits what an already rounded product is used for: of 8-bit weights bfloat16, if the CPU has it."""
+    """In which dtype to go on from a product that is rounded already: of 8-bit weights bfloat16, if the CPU has it."""
     int8 = isinstance(weight, Int8Weight) and _supported(torch.bfloat16)
     return torch.bfloat16 if int8 else weight.dtype

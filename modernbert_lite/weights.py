@@ -341,8 +341,8 @@ def _read(path: Path, key: str, device: torch.device, dtype: torch.dtype, buffer
 
 
 def _read_table(path: Path, key: str, dtype: torch.dtype, small: bool) -> Tensor:
-    """A table of which few rows are looked up: memory-mapped and untouched, if it is in `dtype` or in 16 bits, or else
-    in `dtype`; small: in 16 bits where its numbers allow that."""
+    """A table of which few rows are looked up: memory-mapped as it is stored, and untouched; small: in 16 bits if its
+    numbers allow that."""
     tensor = _open_tensor(path, key)
     largest = 0.0
     for i in range(0, len(tensor), 1024):  # each piece through a mapping of its own, whose pages go with it
@@ -353,9 +353,9 @@ def _read_table(path: Path, key: str, dtype: torch.dtype, small: bool) -> Tensor
         largest = max(largest, float(extremes.max()))
     if largest > torch.finfo(dtype).max:
         _refuse(key, tensor, dtype)
-    if small and largest <= torch.finfo(torch.float16).max:
-        dtype = torch.float16
-    return tensor if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.to(dtype)
+    if small and tensor.dtype == torch.float32 and largest <= torch.finfo(torch.float16).max:
+        return tensor.half()
+    return tensor if tensor.dtype in _DTYPES.values() else tensor.to(dtype)
 
 
 def _open_tensor(path: Path, key: str) -> Tensor:

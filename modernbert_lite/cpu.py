@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 _ROWS = 512  # of activations that are quantised and multiplied at a time: what lies between stays in the caches
 _QUERIES = 512  # a chunk of `chunked_attention`
@@ -31,7 +31,7 @@ _READ_ONLY = (
 class PackedWeight(Tensor):
     """A linear layer's weight (M, K) for inference, held only in oneDNN's own layout; its rows in equal `parts`, where
     an activation stands between them. `linear` and `gated_linear` below multiply by it as it is. Any other operation
-    sees `dense()`, made for it and dropped after it; one that would write raises TypeError."""
+    sees `dense()`, made for it and dropped after it; one that would write raises TypeError. (A slice is a copy.)"""
 
     parts: list[Tensor]
     _is_param = True  # a module takes it as it is: nn.Parameter(it) would import torch.distributed and sympy, 40 MB
@@ -53,10 +53,16 @@ class PackedWeight(Tensor):
     def __setitem__(self, *_: Any) -> None:
         raise TypeError(_READ_ONLY)  # torch would write to a copy
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        copy = nn.Parameter(self.dense(), self.requires_grad)
-        memo[id(self)] = copy
-        return copy
+    @property
+    def data(self) -> Tensor:
+        return self._alias()
+
+    @data.setter
+    def data(self, _: Tensor) -> None:
+        raise TypeError(_READ_ONLY)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        return self._alias()  # nothing can write to the one that they share
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return nn.Parameter(self.dense(), self.requires_grad).__reduce_ex__(protocol)
@@ -66,12 +72,14 @@ class PackedWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
-            return args[0]._alias()
-        if func._schema.is_mutable and isinstance(args[0], PackedWeight):
+        if func is torch.ops.aten.detach.default:
+            with torch.inference_mode(args[0].is_inference()):  # a view is made in the mode of what it is of
+                return args[0]._alias()
+        if func._schema.is_mutable and any(isinstance(x, PackedWeight) for x in tree_leaves((args, kwargs))):
             raise TypeError(_READ_ONLY)
-        args, kwargs = tree_map_only(PackedWeight, lambda weight: weight.dense(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not func.is_view):
+            args, kwargs = tree_map_only(PackedWeight, lambda weight: weight.dense(), (args, kwargs or {}))
+            return func(*args, **kwargs)
 
 
 class Int8Weight(PackedWeight):
@@ -84,11 +92,12 @@ class Int8Weight(PackedWeight):
 
     def __init__(self, numbers: Tensor, scale: Tensor):
         self.parts, self.scale = [numbers], scale
-        self.zero_points = torch.zeros(len(scale), dtype=torch.int64)
+        self.zero_points = torch.zeros(len(scale), dtype=torch.int64, device="cpu")
 
     def dense(self) -> Tensor:
         (numbers,) = self.parts
-        return (numbers.to_dense().t() if numbers.is_mkldnn else numbers).float().mul_(self.scale[:, None])
+        rows = numbers.to_dense().t().contiguous() if numbers.is_mkldnn else numbers
+        return rows.float().mul_(self.scale[:, None])
 
     def _alias(self) -> Int8Weight:
         return Int8Weight(self.parts[0], self.scale)
@@ -105,7 +114,7 @@ def quantize(weight: Tensor) -> Int8Weight:
     # Few rows at a time (too few to wait for other threads), and into memory that isn't aligned: freed aligned blocks
     # don't fit the next ones of their size (glibc), and a network's worth of them stayed.
     numbers = torch.frombuffer(bytearray(weight.numel()), dtype=torch.int8).view(weight.shape)
-    scale = torch.empty(len(weight))
+    scale = torch.empty(len(weight), dtype=torch.float32, device="cpu")
     step = max(1, 32_768 // weight.shape[1])
     for i in range(0, len(weight), step):
         rows, part = weight.detach()[i : i + step].float(), slice(i, i + step)
@@ -131,7 +140,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tenso
         return _multiply_and(x, residual, weight.parts[0], bias, "add")
     products = [_multiply(x, part, b) for part, b in zip(weight.parts, biases, strict=True)]
     y = products[0] if len(products) == 1 else torch.cat(products, -1)
-    return y if residual is None else residual.float().add_(y)
+    return y if residual is None else residual.float() + y
 
 
 def gated_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, act: str, function: Any) -> Tensor:
@@ -209,14 +218,17 @@ def pays(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def works(dtype: torch.dtype) -> bool:
     """Probes the internal operators once on a small product; warns and says no where they fail or differ."""
-    x, weight, other = torch.linspace(-1, 1, 21).view(3, 7), torch.linspace(-1, 2, 35).view(5, 7), torch.ones(3, 5)
+    fp32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    x, weight = torch.linspace(-1, 1, 21, **fp32).view(3, 7), torch.linspace(-1, 2, 35, **fp32).view(5, 7)
+    other = torch.ones(3, 5, **fp32)
     product, bias = F.linear(x, weight, other[0]), other[0]
     try:
         if not _supported(dtype):
-            if dtype == torch.bfloat16:
-                warnings.warn("this CPU has no fast bfloat16 products; float32 or int8 may be faster", stacklevel=2)
+            name = str(dtype).removeprefix("torch.")
+            warnings.warn(f"this CPU has no fast {name} products; float32 or int8 may be faster", stacklevel=2)
             return False
         x16, other16, bias16 = x.to(dtype), other.to(dtype), bias.to(dtype)
         packed = pack(weight.to(dtype)).parts[0]
@@ -239,20 +251,26 @@ def works(dtype: torch.dtype) -> bool:
 
 def _supported(dtype: torch.dtype) -> bool:
     checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype not in checks or bool(getattr(torch.ops.mkldnn, checks[dtype])())
+    try:
+        return dtype not in checks or bool(getattr(torch.ops.mkldnn, checks[dtype])())
+    except (AttributeError, RuntimeError):
+        return False
 
 
 @functools.cache
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def int8_works() -> bool:
     """The same of the product of 8-bit numbers, at their extremes too: CPUs without VNNI instructions may add up in 16
     bits, and overflow. Where it doesn't work int8 weights are made dense for every product: small, right, and slow."""
-    weight = torch.full((5, 70), 127, dtype=torch.int8)
+    weight = torch.full((5, 70), 127, dtype=torch.int8, device="cpu")
     weight[1:3], weight[3, ::2] = -127, 3
-    numbers = torch.full((3, 70), 255, dtype=torch.uint8)
+    numbers = torch.full((3, 70), 255, dtype=torch.uint8, device="cpu")
     numbers[1], numbers[2, 1::3] = 0, 77
     expected = (numbers.int() - 128) @ weight.int().t()
     try:
-        packed = Int8Weight(torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(5))
+        packed = Int8Weight(
+            torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(5, dtype=torch.float32, device="cpu")
+        )
         exact = torch.equal(_int8_product(numbers, packed), expected.float())
         exact = exact and torch.equal(packed.dense(), weight.float())
     except (AttributeError, RuntimeError, TypeError) as error:
@@ -264,9 +282,10 @@ def int8_works() -> bool:
 
 
 @functools.cache
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def gain() -> float:
     """How much faster than F.linear the packed fp32 product is, measured here for a few milliseconds."""
-    x, weight = torch.ones(128, 768), torch.ones(768, 768)
+    x, weight = (torch.ones(rows, 768, dtype=torch.float32, device="cpu") for rows in (128, 768))
     packed = pack(weight).parts[0]
     runs: list[Callable[[], Tensor]] = [lambda: F.linear(x, weight), lambda: _multiply(x, packed, None)]
     times: list[list[float]] = [[], []]

@@ -114,7 +114,7 @@ class Attention(nn.Module):
             kv = ops.linear_part(x, self.Wqkv.weight, self.Wqkv.bias, slice(C, None))
             q = ops.rope_(q.view(-1, 1, self.heads, self.head_dim), *ops.rotation_at(turn, rows))  # (B, 1, H, D)
             kv = ops.rope_(kv.view(-1, 2, self.heads, self.head_dim), *turn)  # (T, 2, H, D)
-            out = ops.row_attention(q[:, 0], kv, batch)  # (B, H, D)
+            out = ops.row_attention(q[:, 0], kv, batch).to(x.dtype)  # (B, H, D)
         return self.Wo(out.flatten(1), residual)
 
 

@@ -112,11 +112,12 @@ def is_packed(weight: Tensor) -> TypeGuard[PackedWeight]:
     return hasattr(weight, "parts")
 
 
-def _multiplies_packed(weight: Tensor, x: Tensor) -> TypeGuard[PackedWeight]:
+def _multiplies_packed(weight: Tensor, x: Tensor, *others: Tensor | None) -> TypeGuard[PackedWeight]:
     """Whether cpu.py takes the product: of a packed weight, in inference, unless another backend is asked for."""
     if not is_packed(weight) or torch.compiler.is_compiling() or _wanted() not in ("auto", "onednn"):
         return False
-    tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, x, *others))
+    tracked = tracked or torch.autograd.forward_ad._current_level >= 0
     # (8-bit weights on a CPU that can't multiply them are not oneDNN's.)
     usable = weight.parts[0].is_mkldnn and x.dtype == weight.dtype and x.dim() == 2 and len(x) > 0
     return usable and not tracked
@@ -125,7 +126,7 @@ def _multiplies_packed(weight: Tensor, x: Tensor) -> TypeGuard[PackedWeight]:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x (T, K) @ weight (M, K)^T + bias (M,) + residual (T, M) -> (T, M). In inference the result may be written over
     residual, which the caller must not use again."""
-    if _multiplies_packed(weight, x):
+    if _multiplies_packed(weight, x, bias, residual):
         from . import cpu
 
         return cpu.linear(x, weight, bias, residual)
@@ -139,14 +140,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
 def linear_part(x: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
     """Some columns of `linear`'s result: x (T, K) @ weight[part]^T + bias[part]."""
-    if _multiplies_packed(weight, x):  # as a whole: it can't be cut
+    if _multiplies_packed(weight, x, bias):  # as a whole: it can't be cut
         return linear(x, weight, bias)[:, part]
     return F.linear(x, weight[part], None if bias is None else bias[part])
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     """`linear` to (T, 2N), then act(first half) * second half -> (T, N): ModernBERT's GeGLU (arXiv 2002.05202)."""
-    if _multiplies_packed(weight, x):
+    if _multiplies_packed(weight, x, bias):
         from . import cpu
 
         return cpu.gated_linear(x, weight, bias, act, activation(act))
@@ -169,7 +170,7 @@ def _can_accumulate(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """(T, C) -> (T, C), statistics over C; weight and bias (C,). The result is in the weight's dtype where x, a sum
     that a fast `linear` keeps in fp32, is wider."""
-    if x.dtype == torch.float32 != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.device.type == "cpu" and x.dtype == torch.float32 != weight.dtype:
         y = F.layer_norm(x, x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps)
         return y.to(weight.dtype)
     if _fits_a_kernel(x) and backend("layer_norm", x) == "triton":

@@ -18,6 +18,7 @@ from .heads import MaskedLM, network_class
 from .linear import Linear
 from .model import ModernBert
 from .ops import backend, pack_weight
+from .threads import set_threads
 
 BUNDLED = "tiny"
 INDEX = "model.safetensors.index.json"
@@ -58,10 +59,12 @@ def load_model(
     the cache without asking the network if it is there), or "tiny", the bundled model.
     device: default CUDA if there is one, else the CPU. dtype: default float32 on the CPU, bfloat16 on CUDA (float16
     where the card has no bfloat16); "int8", on the CPU: the layers' weights in 8 bits, a scale a row, the rest in
-    float32. packed: on the CPU, hold linear weights as its matrix products want them, and only so (cpu.PackedWeight);
-    False leaves plain tensors, for torch.compile, torch.export or an optimizer. Raises CheckpointError for a checkpoint
+    float32. packed: on the CPU, hold linear weights as its matrix products want them, and only so (cpu.PackedWeight),
+    and the embedding table as the file stores it; False leaves plain tensors of one dtype, for torch.compile,
+    torch.export or an optimizer (int8 weights are held in 8 bits anyway). Raises CheckpointError for a checkpoint
     that is missing, damaged or unsupported.
     """
+    set_threads(None)
     folder = find_checkpoint(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
     folder = network_folder(folder)
     config = read_config(folder)
@@ -265,10 +268,12 @@ def load_weights(
     linears = {f"{name}.weight": layer.parts for name, layer in model.named_modules() if isinstance(layer, Linear)}
     packs = packed and backend("linear", torch.empty(0, dtype=dtype, device=device)) == "onednn"
     # One buffer for what is packed next: the holes that a buffer each would leave are too small for what follows.
-    buffer = torch.empty(max(math.prod(expected[name]) for name in linears) if packs or int8 else 0, dtype=dtype)
+    buffer = torch.empty(
+        max(math.prod(expected[name]) for name in linears) if packs or int8 else 0, dtype=dtype, device="cpu"
+    )
     state = {}
     for name, (path, key) in found.items():
-        if name.endswith("tok_embeddings.weight") and device.type == "cpu" and not tied:
+        if name.endswith("tok_embeddings.weight") and device.type == "cpu" and (packed or int8) and not tied:
             state[name] = _read_table(path, key, dtype, int8)
         elif name in linears and (packs or (int8 and "layers." in name)):
             weight = _read(path, key, device, dtype, buffer)

@@ -149,14 +149,47 @@ def test_a_packed_weight_gives_its_numbers_back_bit_for_bit(forced, parts, dtype
 
 
 @needs_onednn
-def test_a_packed_weight_refuses_to_be_written_to(forced):
-    packed = ops.pack_weight(randn(4, 6))
-    for write in (lambda w: w.mul_(2), lambda w: w.detach().zero_(), lambda w: w.__setitem__(0, 5.0)):
-        with (
-            torch.no_grad(),
-            pytest.raises(TypeError, match=r"packed for inference .* packed=False, or call its train"),
-        ):
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.mul_(2),
+        lambda w: w.detach().zero_(),
+        lambda w: w.data.zero_(),
+        lambda w: w.__setitem__(0, 5.0),
+        lambda w: setattr(w, "data", torch.zeros(4, 6)),
+        lambda w: torch._foreach_mul_([w], 2.0),
+        lambda w: torch.mul(torch.ones(4, 6), 2, out=w),
+        lambda w: torch.nn.init.ones_(w),
+    ],
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_packed_weight_refuses_to_be_written_to(forced, write, mode):
+    for dtype in (None, "int8"):
+        packed = ops.pack_weight(randn(4, 6), dtype=dtype)
+        kept = packed.dense()
+        with mode(), pytest.raises(TypeError, match=r"packed for inference .* packed=False, or call its train"):
             write(packed)
+        assert torch.equal(packed.dense(), kept)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_packed_weight_is_read_in_inference_mode_too(forced, dtype, tmp_path):
+    linear = Linear(16, 12, bias=True).requires_grad_(False).eval()
+    linear.pack(dtype)
+    dense = linear.weight.dense()
+    with torch.inference_mode():
+        for read in (
+            lambda w: w[3:5],
+            lambda w: w.t(),
+            lambda w: w.chunk(2)[1],
+            lambda w: w.detach() + 0,
+            lambda w: w.clone().mul_(2),
+        ):
+            assert torch.equal(read(linear.weight), read(dense))
+        state = linear.state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["weight"], dense)
 
 
 @pytest.fixture
@@ -186,12 +219,23 @@ def test_a_layer_s_state_is_plain_and_loads_anywhere(layer, tmp_path):
         assert torch.allclose(linear(torch.ones(3, 16)), F.linear(torch.ones(3, 16), dense * 2, linear.bias), atol=1e-5)
 
 
-def test_a_copy_is_a_copy(layer):
+def test_a_copy_stays_packed_and_is_a_copy(layer):
     linear, dense = layer
     other = copy.deepcopy(linear)
-    other.weight.data.mul_(2)
+    assert is_packed(other.weight)
+    other.train()
+    with torch.no_grad():
+        other.weight.mul_(2)
+        linear.bias.fill_(7)
     assert torch.equal(other.weight, dense * 2)
     assert torch.equal(linear.weight.dense(), dense)
+    assert not (other.bias == 7).any()
+
+
+def test_a_state_without_the_weight_leaves_it_packed(layer):
+    linear, _ = layer
+    linear.load_state_dict({"bias": torch.zeros(12)}, strict=False)
+    assert is_packed(linear.weight)
 
 
 @pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: m.to("meta"), lambda m: m.half()])
@@ -277,6 +321,68 @@ def test_torch_compile_of_a_packed_network_gives_the_same_numbers(make_checkpoin
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert (torch.compile(network, backend="eager")(batch) - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("loaded", "later"), [("onednn", "onednn"), ("onednn", "torch"), ("torch", "onednn")])
+def test_rows_of_a_global_last_layer_in_every_dtype(make_checkpoint, monkeypatch, dtype, packed, loaded, later):
+    """What a CLS-pooled embedder runs."""
+    folder, _ = make_checkpoint(**SMALL_VOCAB, num_hidden_layers=4)
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", loaded)
+    network, batch = ml.load_model(folder, device="cpu", dtype=dtype, packed=packed), ml.pack(token_ids(*LENGTHS))
+    assert network.config.layer_types[-1] == "full_attention"
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", later)
+    rows = batch.cu_seqlens[:-1].long()
+    with torch.inference_mode():
+        got, expected = network(batch, rows), network(batch)[rows]
+    assert got.dtype == expected.dtype
+    cosines = torch.cosine_similarity(got.double(), expected.double())
+    assert cosines.min() >= {"float32": 1 - 1e-9, "int8": 0.99}.get(dtype, 0.999)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_hooks_keep_what_they_saw(make_checkpoint, forced, dtype):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    network, seen, copies = ml.load_model(folder, device="cpu", dtype=dtype), [], []
+
+    def keep(module, given, out):
+        seen.append(out)
+        copies.append(out.clone())
+
+    for layer in network.layers:
+        layer.register_forward_hook(keep)
+    network(ml.pack(token_ids(*LENGTHS)))
+    assert len(seen) == network.config.num_hidden_layers
+    assert all(torch.equal(a, b) for a, b in zip(seen, copies, strict=True))
+
+
+@needs_onednn
+def test_biases_alone_can_be_trained(make_checkpoint, forced):
+    folder, _ = make_checkpoint(**SMALL_VOCAB, attention_bias=True, mlp_bias=True)
+    network = ml.load_model(folder, device="cpu")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    network(ml.pack(token_ids(70))).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in network.named_parameters() if n.endswith(("Wqkv.bias", "Wi.bias")))
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_autocast_around_a_packed_network(make_checkpoint, forced, dtype):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    network, batch = ml.load_model(folder, device="cpu", dtype=dtype), ml.pack(token_ids(*LENGTHS))
+    expected = network(batch).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.cosine_similarity(network(batch).float(), expected).min() >= 0.999
+
+
+def test_unpacked_a_network_is_of_one_dtype(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    tensors = {k: v.half() for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    network = ml.load_model(folder, device="cpu", packed=False)
+    assert {p.dtype for p in network.parameters()} == {FP32}
 
 
 # ---- the embedding table -------------------------------------------------------------------------------------------
@@ -515,6 +621,44 @@ def test_fp32_is_packed_on_amd_and_elsewhere_where_it_measures_faster(monkeypatc
     monkeypatch.setattr(cpu, "works", lambda dtype: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert cpu.pays(FP32) is pays
+
+
+@needs_onednn
+@pytest.mark.parametrize("around", ["float64 by default", "meta by default", "autocast", "inference mode"])
+def test_what_is_around_a_probe_does_not_sway_it(monkeypatch, unprobed, around):
+    answers = {
+        "float64 by default": lambda: torch.set_default_dtype(torch.float64),
+        "meta by default": lambda: torch.set_default_device("meta"),
+    }
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=around == "autocast"),
+        torch.inference_mode(around == "inference mode"),
+    ):
+        try:
+            answers.get(around, lambda: None)()
+            assert cpu.works(FP32)
+            assert cpu.works(torch.bfloat16) is BF16
+            assert cpu.gain() > 0
+            cpu.int8_works()
+        finally:
+            torch.set_default_dtype(FP32)
+            torch.set_default_device(None)
+
+
+def test_int8_without_the_mkldnn_operators(make_checkpoint, monkeypatch, unprobed):
+    class Nothing:
+        def __getattr__(self, name):
+            raise AttributeError(name)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Nothing())
+    monkeypatch.setattr(torch.ops, "onednn", Nothing())
+    folder, reference = make_checkpoint(**SMALL_VOCAB)
+    with pytest.warns(UserWarning, match="no usable oneDNN"):
+        network = ml.load_model(folder, device="cpu", dtype="int8")
+    ids = token_ids(70)[0]
+    with torch.inference_mode():
+        got, exact = network(ml.pack([ids])), reference(ids[None]).last_hidden_state[0]
+    assert torch.cosine_similarity(got, exact).min() > 0.99
 
 
 @needs_onednn

@@ -12,26 +12,33 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _ROWS = 512  # of activations that are quantised and multiplied at a time: what lies between stays in the caches
 _QUERIES = 512  # a chunk of `chunked_attention`
 _TINY = 1e-30  # the scale of a row of zeros
 _READ_ONLY = (
-    "this weight is packed for inference and can't be written to; load the network with packed=False, or call its "
-    "train()"
+    "this weight is packed for inference: it can't be written to or trained; load the network with packed=False"
 )
+
+
+def _not_compiled(function: _Function) -> _Function:
+    """torch.compile leaves it as it is (torch's own marker of that imports the compiler)."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
 
 
 class PackedWeight(Tensor):
     """A linear layer's weight (M, K) for inference, held only in oneDNN's own layout; its rows in equal `parts`, where
     an activation stands between them. `linear` and `gated_linear` below multiply by it as it is. Any other operation
-    sees `dense()`, made for it and dropped after it; one that would write raises TypeError. (A slice is a copy.)"""
+    sees `dense()`, made for it and dropped after it; to write to it, or ask for its gradient, is a TypeError. (A slice
+    is a copy. A deepcopy is packed too; what was pickled comes back dense.)"""
 
     parts: list[Tensor]
     _is_param = True  # a module takes it as it is: nn.Parameter(it) would import torch.distributed and sympy, 40 MB
@@ -53,6 +60,19 @@ class PackedWeight(Tensor):
     def __setitem__(self, *_: Any) -> None:
         raise TypeError(_READ_ONLY)  # torch would write to a copy
 
+    def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
+        if requires_grad:
+            raise TypeError(_READ_ONLY)
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        self.requires_grad_(requires_grad)
+
     @property
     def data(self) -> Tensor:
         return self._alias()
@@ -65,13 +85,15 @@ class PackedWeight(Tensor):
         return self._alias()  # nothing can write to the one that they share
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.dense(), self.requires_grad).__reduce_ex__(protocol)
+        return nn.Parameter(self.dense(), requires_grad=False).__reduce_ex__(protocol)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]  # a method of an object in torch's stubs
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is torch.ops.aten.detach.default:
             with torch.inference_mode(args[0].is_inference()):  # a view is made in the mode of what it is of
                 return args[0]._alias()
@@ -123,6 +145,7 @@ def quantize(weight: Tensor) -> Int8Weight:
     return Int8Weight(torch.ops.onednn.qlinear_prepack(numbers, None) if int8_works() else numbers, scale)
 
 
+@_not_compiled
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """x (T, K) @ weight (M, K)^T + bias + residual (T, M) -> (T, M); with a residual in fp32, whatever x is in: small
     sums added to a large one would be lost in 16 bits."""
@@ -143,6 +166,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tenso
     return y if residual is None else residual.float() + y
 
 
+@_not_compiled
 def gated_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, act: str, function: Any) -> Tensor:
     """act(x @ first half of weight (2N, K)) * (x @ second half) -> (T, N), `function` being act."""
     if isinstance(weight, Int8Weight):

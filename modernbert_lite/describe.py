@@ -19,7 +19,7 @@ from . import __version__, ops
 from .config import FULL
 from .pipeline import Checkpoint
 from .st_config import length_limit
-from .threads import available
+from .threads import available, set_threads
 from .weights import open_safetensors, pick_device, pick_dtype, weight_files
 
 _SELF_CHECK_TEXTS = ["A man is playing a guitar.", "Someone plays an instrument.", "Stocks fell on Monday."]
@@ -70,6 +70,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Versions, devices, threads, and the backend that each operation takes here."""
+    set_threads(None)
     device = pick_device(None)
     facts: dict[str, Any] = {
         "modernbert-lite": __version__,

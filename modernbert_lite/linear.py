@@ -15,14 +15,14 @@ class Linear(nn.Linear):
     """x (T, K) -> (T, M), plus the residual. parts: 2 where the weight is two matrices of one shape, one above the
     other, with an activation between their products."""
 
+    weight: Any  # an nn.Parameter, or a cpu.PackedWeight, which passes for one
+
     def __init__(self, in_features: int, out_features: int, bias: bool, parts: int = 1):
         super().__init__(in_features, out_features, bias)
         self.parts = parts
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.linear(x, self.weight, self.bias, residual)
-
-    weight: Any  # an nn.Parameter, or a cpu.PackedWeight, which passes for one
 
     def pack(self, dtype: str | None = None) -> None:
         """Holds the weight as suits inference on this machine, and lets the original go; "int8": in 8 bits."""
@@ -31,12 +31,7 @@ class Linear(nn.Linear):
     def unpack(self) -> None:
         """Holds the weight as any layer does."""
         if ops.is_packed(self.weight):
-            self.weight = nn.Parameter(self.weight.dense(), self.weight.requires_grad)
-
-    def train(self, mode: bool = True) -> Linear:
-        if mode:
-            self.unpack()
-        return super().train(mode)
+            self.weight = nn.Parameter(self.weight.dense(), requires_grad=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         """Under `to`, `half`, `cuda`: a packed weight stays packed where they change nothing of it."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import PackedBatch, constant
-from .config import Rope
+from .config import OptionError, Rope
 
 if TYPE_CHECKING:
     from .cpu import PackedWeight
@@ -56,9 +56,9 @@ def backend(op: str, x: Tensor) -> str:
 
 @constant
 def _wanted() -> str:
-    wanted = os.environ.get("MODERNBERT_LITE_BACKEND", "auto")
+    wanted = os.environ.get("MODERNBERT_LITE_BACKEND") or "auto"
     if wanted not in BACKENDS:
-        raise ValueError(f"MODERNBERT_LITE_BACKEND is {wanted!r}; it must be one of {', '.join(BACKENDS)}")
+        raise OptionError(f"MODERNBERT_LITE_BACKEND is {wanted!r}; it must be one of {', '.join(BACKENDS)}")
     return wanted
 
 
@@ -114,9 +114,11 @@ def is_packed(weight: Tensor) -> TypeGuard[PackedWeight]:
 
 def _multiplies_packed(weight: Tensor, x: Tensor, *others: Tensor | None) -> TypeGuard[PackedWeight]:
     """Whether cpu.py takes the product: of a packed weight, in inference, unless another backend is asked for."""
-    if not is_packed(weight) or torch.compiler.is_compiling() or _wanted() not in ("auto", "onednn"):
+    if not is_packed(weight) or _wanted() not in ("auto", "onednn"):
         return False
-    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, x, *others))
+    if torch.compiler.is_compiling():  # without fullgraph this runs as it is instead
+        raise RuntimeError("packed weights can't be compiled: load the network with packed=False")
+    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
     tracked = tracked or torch.autograd.forward_ad._current_level >= 0
     # (8-bit weights on a CPU that can't multiply them are not oneDNN's.)
     usable = weight.parts[0].is_mkldnn and x.dtype == weight.dtype and x.dim() == 2 and len(x) > 0

@@ -61,7 +61,7 @@ def load_model(
     where the card has no bfloat16); "int8", on the CPU: the layers' weights in 8 bits, a scale a row, the rest in
     float32. packed: on the CPU, hold linear weights as its matrix products want them, and only so (cpu.PackedWeight),
     and the embedding table as the file stores it; False leaves plain tensors of one dtype, for torch.compile,
-    torch.export or an optimizer (int8 weights are held in 8 bits anyway). Raises CheckpointError for a checkpoint
+    torch.export or an optimizer (after `requires_grad_(True)`); not for int8. Raises CheckpointError for a checkpoint
     that is missing, damaged or unsupported.
     """
     set_threads(None)
@@ -254,7 +254,7 @@ def load_weights(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     with torch.device("meta"):
-        model = network(config)
+        model = network(config).requires_grad_(False)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found, problems = _match(weight_files(folder), expected, model)
     tied = isinstance(model, MaskedLM) and config.tie_word_embeddings
@@ -264,6 +264,8 @@ def load_weights(
         more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"{folder} doesn't fit its config.json: {'; '.join(problems[:12])}{more}")
 
+    if dtype == torch.int8 and not packed:
+        raise OptionError("dtype 'int8' is for inference: with packed=False use float32, bfloat16 or float16")
     int8, dtype = dtype == torch.int8, torch.float32 if dtype == torch.int8 else dtype
     linears = {f"{name}.weight": layer.parts for name, layer in model.named_modules() if isinstance(layer, Linear)}
     packs = packed and backend("linear", torch.empty(0, dtype=dtype, device=device)) == "onednn"
@@ -273,7 +275,7 @@ def load_weights(
     )
     state = {}
     for name, (path, key) in found.items():
-        if name.endswith("tok_embeddings.weight") and device.type == "cpu" and (packed or int8) and not tied:
+        if name.endswith("tok_embeddings.weight") and device.type == "cpu" and packed and not tied:
             state[name] = _read_table(path, key, dtype, int8)
         elif name in linears and (packs or (int8 and "layers." in name)):
             weight = _read(path, key, device, dtype, buffer)
@@ -290,7 +292,7 @@ def load_weights(
     model.load_state_dict(state, strict=True, assign=True)
     if isinstance(model, MaskedLM) and tied:
         model.decoder.weight = model.model.embeddings.tok_embeddings.weight
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def _match(

@@ -117,10 +117,15 @@ class Graphed:
     def _tensors(self) -> Iterator[Tensor]:
         return (parameters[name] for parameters, name in self._weights)
 
+    def _last(self) -> Tensor:
+        """One of the weights, in the dtype that layers compute in: the first, a table, may be narrower."""
+        parameters, name = self._weights[-1]
+        return parameters[name]
+
     def _applies(self, batch: PackedBatch) -> bool:
         if self._failed or not isinstance(batch, PackedBatch) or os.environ.get(_SWITCH, "1") == "0":
             return False
-        weight = next(self._tensors())
+        weight = self._last()
         if batch.input_ids.device != weight.device or not _can_capture(weight.device):
             return False
         if not 0 < len(batch.input_ids) <= self.max_tokens or 0 in batch.seqlens:
@@ -146,7 +151,7 @@ class Graphed:
             return None
         try:
             self._device = self._device or _Device(batch.input_ids.device)
-            static = _static_batch(batch, tokens, sequences, wide, next(self._tensors()).dtype)
+            static = _static_batch(batch, tokens, sequences, wide, self._last().dtype)
             self._graphs[key] = _Graph(static, lambda: self.forward(static, *arguments), self._device, batch)
         except RuntimeError as error:  # also when memory runs out
             self._failed = True

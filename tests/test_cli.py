@@ -763,5 +763,5 @@ def test_doctor_fails_when_the_numbers_are_wrong(run, monkeypatch):
 def test_doctor_names_an_unknown_backend(run, monkeypatch):
     monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "cuda")
     result = run("doctor")
-    assert result.status == 1
+    assert result.status == 2
     assert_one_line(result.err, "MODERNBERT_LITE_BACKEND is 'cuda'")

@@ -149,7 +149,6 @@ def quantize(weight: Tensor) -> Int8Weight:
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """x (T, K) @ weight (M, K)^T + bias + residual (T, M) -> (T, M); with a residual in fp32, whatever x is in: small
     sums added to a large one would be lost in 16 bits."""
-    biases = [None] * len(weight.parts) if bias is None else bias.chunk(len(weight.parts))
     if isinstance(weight, Int8Weight):
         out = x.new_empty(len(x), len(weight))
         for rows, numbers, scale in _quantized_rows(x):
@@ -161,6 +160,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tenso
         return out if bias is None else out.add_(bias)
     if residual is not None and len(weight.parts) == 1 and x.dtype == residual.dtype == torch.float32:
         return _multiply_and(x, residual, weight.parts[0], bias, "add")
+    biases = [None] * len(weight.parts) if bias is None else bias.chunk(len(weight.parts))
     products = [_multiply(x, part, b) for part, b in zip(weight.parts, biases, strict=True)]
     y = products[0] if len(products) == 1 else torch.cat(products, -1)
     return y if residual is None else residual.float() + y
@@ -208,21 +208,10 @@ def _quantized_rows(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 def _int8_product(numbers: Tensor, weight: Int8Weight) -> Tensor:
     """(n, K) uint8 @ weight (M, K)^T -> (n, M) fp32."""
+    weights = (weight.parts[0], weight.scale, weight.zero_points)
     return torch.ops.onednn.qlinear_pointwise(
-        numbers,
-        1.0,
-        128,
-        weight.parts[0],
-        weight.scale,
-        weight.zero_points,
-        None,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
-    )
+        numbers, 1.0, 128, *weights, None, 1.0, 0, torch.float32, "none", [], ""
+    )  # fmt: skip
 
 
 # ---- what works and pays on this machine: asked once a process ----

@@ -275,11 +275,12 @@ def load_weights(
     )
     state = {}
     for name, (path, key) in found.items():
+        small = int8 and "layers." in name
         if name.endswith("tok_embeddings.weight") and device.type == "cpu" and packed and not tied:
             state[name] = _read_table(path, key, dtype, int8)
-        elif name in linears and (packs or (int8 and "layers." in name)):
+        elif name in linears and (packs or small):
             weight = _read(path, key, device, dtype, buffer)
-            state[name] = pack_weight(weight, linears[name], "int8" if int8 and "layers." in name else None)
+            state[name] = pack_weight(weight, linears[name], "int8" if small else None)
         else:
             state[name] = _read(path, key, device, dtype)
     if tied:

@@ -429,6 +429,18 @@ def test_a_table_too_large_for_16_bits_stays_in_fp32(make_checkpoint):
         ml.load_model(folder, device="cpu", dtype="float16")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("row", [0, 1023, 1024, 2100])
+def test_a_table_with_a_number_that_is_none_is_refused_wherever_it_stands(make_checkpoint, bad, row):
+    """It is looked through in pieces."""
+    folder, _ = make_checkpoint(**{**SMALL_VOCAB, "vocab_size": 2101}, num_hidden_layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embeddings.tok_embeddings.weight"][row, 3] = bad
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ml.CheckpointError, match=r"tok_embeddings.weight holds 1 values that are NaN or infinite"):
+        ml.load_model(folder, device="cpu")
+
+
 # ---- int8 ----------------------------------------------------------------------------------------------------------
 
 

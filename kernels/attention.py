@@ -197,13 +197,17 @@ def _config(block: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_N": 64, "num_warps": 8 if wide else 4, "num_stages": 2 if head_dim > 64 else 3}
 
 
-def tiles(seqlens: Sequence[int], block: int) -> Tensor:
+def tiles(seqlens: Sequence[int], block: int, key_seqlens: Sequence[int] | None = None) -> Tensor:
     """(n, 4) int32 on the host: `block` queries a tile, long sequences first, so that the shortest work comes last.
+    key_seqlens: of each sequence the first so many tokens are keys; None: all.
 
     seqlens [5, 130], block 64 -> (5, 135, 5, 135), (69, 135, 5, 135), (133, 135, 5, 135), (0, 5, 0, 5)
     """
-    spans = sorted(zip(accumulate(seqlens, initial=0), seqlens), key=lambda span: -span[1])  # noqa: B905  one more start
-    table = [(row, start + n, start, start + n) for start, n in spans for row in range(start, start + n, block)]
+    starts = accumulate(seqlens, initial=0)
+    spans = sorted(zip(starts, seqlens, key_seqlens or seqlens), key=lambda span: -span[1])  # noqa: B905  one more start
+    table = [
+        (row, start + n, start, start + keys) for start, n, keys in spans for row in range(start, start + n, block)
+    ]
     return torch.tensor(table, dtype=torch.int32).view(-1, 4)
 
 

@@ -31,6 +31,7 @@ def _layer_norm_kernel(
     stride_x,
     stride_residual,
     RESIDUAL: tl.constexpr,
+    TOTAL: tl.constexpr,
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -42,6 +43,7 @@ def _layer_norm_kernel(
     v = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         v += tl.load(residual + row * stride_residual + column, mask=inside, other=0.0).to(tl.float32)
+    if TOTAL:
         rounded = v.to(total.dtype.element_ty)
         tl.store(total + row * C + column, rounded, mask=inside)
         v = rounded.to(tl.float32)  # of what is stored: the backward pass has nothing else
@@ -138,14 +140,17 @@ def _shape(C: int, numbers: int = 4096) -> dict[str, int]:
     return {"ROWS": max(1, min(4, numbers // BLOCK)), "BLOCK": BLOCK, "num_warps": 4 if BLOCK <= 4096 else 8}
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """(T, C) -> (T, C), statistics over C in fp32; weight and bias (C,), bias may be None. C up to 8192.
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor:
+    """(T, C) -> (T, C), statistics over C in fp32; weight and bias (C,), bias may be None. C up to 8192. With a
+    residual (T, C), of x + residual, which is rounded nowhere.
 
     Rows of x may be strided. Raises ValueError, naming the argument, for what it can't do.
     """
-    _check(weight, bias, x=x)
+    _check(weight, bias, x=x, **({} if residual is None else {"residual": residual}))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _forward(x, None, weight, bias, eps, y, None)
+    _forward(x, residual, weight, bias, eps, y, None)
     return y
 
 
@@ -185,6 +190,7 @@ def _forward(
                 x.stride(0),
                 x.stride(0) if residual is None else residual.stride(0),
                 RESIDUAL=residual is not None,
+                TOTAL=total is not None,
                 BIAS=bias is not None,
                 **shape,
             )

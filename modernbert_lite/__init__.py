@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batch import PackedBatch, from_padded, pack, to_padded, unpack
-    from .config import CheckpointError, ModernBertConfig, read_config
+    from .config import GteConfig, ModernBertConfig, read_config
     from .embedder import Embedder
     from .fill_mask import FillMask
     from .graphs import Graphed
     from .pooling import quantize_embeddings
+    from .reading import CheckpointError
     from .reranker import Reranker
     from .weights import load_model
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "CheckpointError": "config",
+    "CheckpointError": "reading",
     "Embedder": "embedder",
     "FillMask": "fill_mask",
+    "GteConfig": "config",
     "Graphed": "graphs",
     "ModernBertConfig": "config",
     "PackedBatch": "batch",
@@ -39,6 +41,7 @@ __all__ = [
     "Embedder",
     "FillMask",
     "Graphed",
+    "GteConfig",
     "ModernBertConfig",
     "PackedBatch",
     "Reranker",

@@ -36,6 +36,10 @@ class PackedBatch:
     position_ids: Tensor  # (T,) int64, from 0 in each sequence: 0, 1, .. to its length - 1
     seqlens: tuple[int, ...]  # the lengths on the host: asking the device for them would wait for it
     max_id: int  # the largest id, on the host for the same reason (-1 if T is 0)
+    token_type_ids: Tensor | None = None  # (T,) int64, of tokenizers that tell a pair's texts apart; None: all 0
+    max_type: int = 0
+    # Of each sequence so many tokens, its first, are seen; those after them see and are not. None: all are.
+    key_seqlens: tuple[int, ...] | None = None
     # What ops derive from the batch once for all layers; `to` and `replace` start anew.
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -46,6 +50,7 @@ class PackedBatch:
             input_ids=to_device(self.input_ids, device),
             cu_seqlens=to_device(self.cu_seqlens, device),
             position_ids=to_device(self.position_ids, device),
+            token_type_ids=None if self.token_type_ids is None else to_device(self.token_type_ids, device),
         )
 
 
@@ -57,35 +62,50 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     return x.to(device, non_blocking=to_gpu)  # towards the host it must wait: the caller reads at once
 
 
-def pack(sequences: Iterable[Sequence[int] | Tensor], device: torch.device | str | None = None) -> PackedBatch:
-    """Sequences of token ids (lists or 1-D integer tensors, empty ones allowed) -> one PackedBatch.
+def pack(
+    sequences: Iterable[Sequence[int] | Tensor],
+    device: torch.device | str | None = None,
+    token_type_ids: Iterable[Sequence[int] | Tensor] | None = None,
+) -> PackedBatch:
+    """Sequences of token ids (lists or 1-D integer tensors, empty ones allowed) -> one PackedBatch. token_type_ids: of
+    the same lengths, for models that tell the two texts of a pair apart.
 
-    Raises ValueError for ids that are not whole numbers or are negative, naming the sequence.
+    Raises ValueError for ids that are not whole numbers or are negative, naming the sequence, and for other lengths.
     """
+    ids, seqlens, high = _join(sequences, "sequence", "id")
+    types, high_type = None, 0
+    if token_type_ids is not None:
+        types, lengths_of_types, high_type = _join(token_type_ids, "token_type_ids of sequence", "type")
+        if lengths_of_types != seqlens:
+            raise ValueError(f"token_type_ids have the lengths {lengths_of_types}, the sequences {seqlens}")
+    starts = [0, *accumulate(seqlens)]
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=ids.device)
+    lengths = torch.tensor(seqlens, dtype=torch.int64, device=ids.device)
+    position_ids = torch.arange(len(ids), device=ids.device) - cu_seqlens[:-1].long().repeat_interleave(lengths)
+    batch = PackedBatch(ids, cu_seqlens, max(seqlens, default=0), position_ids, seqlens, high, types, max(high_type, 0))
+    return batch if device is None else batch.to(device)
+
+
+def _join(sequences: Iterable[Sequence[int] | Tensor], name: str, kind: str) -> tuple[Tensor, tuple[int, ...], int]:
+    """End to end, (T,) int64, with the lengths and the largest number (-1 if T is 0)."""
     parts = []
     for i, sequence in enumerate(sequences):
         try:
             part = torch.as_tensor(sequence)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise ValueError(f"sequence {i} is no list of token ids (whole numbers): {error}") from None
+            raise ValueError(f"{name} {i} is no list of token {kind}s (whole numbers): {error}") from None
         if part.dim() != 1 or (part.numel() and part.dtype not in _ID_DTYPES):
             raise ValueError(
-                f"sequence {i} has shape {tuple(part.shape)} and dtype {part.dtype}; "
-                "each sequence must be one-dimensional token ids (whole numbers)"
+                f"{name} {i} has shape {tuple(part.shape)} and dtype {part.dtype}; "
+                f"each sequence must be one-dimensional token {kind}s (whole numbers)"
             )
         parts.append(part.to(torch.int64))
-    seqlens = tuple(len(part) for part in parts)
     ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
     low, high = (int(v) for v in ids.aminmax()) if len(ids) else (0, -1)
     if low < 0:
         bad = next(i for i, part in enumerate(parts) if len(part) and int(part.min()) < 0)
-        raise ValueError(f"sequence {bad} holds the token id {int(parts[bad].min())}; ids start at 0")
-    starts = [0, *accumulate(seqlens)]
-    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=ids.device)
-    lengths = torch.tensor(seqlens, dtype=torch.int64, device=ids.device)
-    position_ids = torch.arange(len(ids), device=ids.device) - cu_seqlens[:-1].long().repeat_interleave(lengths)
-    batch = PackedBatch(ids, cu_seqlens, max(seqlens, default=0), position_ids, seqlens, high)
-    return batch if device is None else batch.to(device)
+        raise ValueError(f"{name} {bad} holds the token {kind} {int(parts[bad].min())}; {kind}s start at 0")
+    return ids, tuple(len(part) for part in parts), high
 
 
 def unpack(tensor: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
@@ -93,23 +113,28 @@ def unpack(tensor: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     return list(tensor.split(cu_seqlens.diff().tolist()))
 
 
-def from_padded(input_ids: Tensor, attention_mask: Tensor | None = None) -> PackedBatch:
-    """(B, S) ids and a (B, S) mask of 0 and 1 (None: all ones), padded on either side -> PackedBatch.
+def from_padded(
+    input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+) -> PackedBatch:
+    """(B, S) ids and a (B, S) mask of 0 and 1 (None: all ones), padded on either side -> PackedBatch. token_type_ids
+    (B, S): for models that tell the two texts of a pair apart.
 
     The first token of a row is its first real one, also where the padding is on the left.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if input_ids.dim() != 2 or mask.shape != input_ids.shape:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)} and attention_mask {tuple(mask.shape)}; both must be (B, S)"
-        )
+    types = input_ids if token_type_ids is None else token_type_ids
+    if input_ids.dim() != 2 or not mask.shape == types.shape == input_ids.shape:
+        others = f"attention_mask {tuple(mask.shape)}"
+        others += "" if token_type_ids is None else f", token_type_ids {tuple(types.shape)}"
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)} and {others}; all must be (B, S)")
     mask = mask.bool()
     # A hole would shift the positions of what follows it, and with them RoPE and the local window.
     edges = mask.int().diff(dim=1, prepend=mask.new_zeros(len(mask), 1, dtype=torch.int32))
     holes = ((edges == 1).sum(1) > 1).nonzero()
     if len(holes):
         raise ValueError(f"row {int(holes[0])} of attention_mask has a hole; real tokens must be next to each other")
-    return pack([row[keep] for row, keep in zip(input_ids, mask, strict=True)], input_ids.device)
+    kept = [[row[keep] for row, keep in zip(x, mask, strict=True)] for x in (input_ids, types)]
+    return pack(kept[0], input_ids.device, None if token_type_ids is None else kept[1])
 
 
 def to_padded(tensor: Tensor, attention_mask: Tensor, value: float = 0.0) -> Tensor:

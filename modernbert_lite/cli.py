@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from . import __version__
-from .config import OptionError
+from .reading import OptionError
 
 
 class UsageError(Exception):

@@ -5,42 +5,36 @@ Needs no torch, so that `modernbert-lite info` and error messages stay quick.
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+
+from .reading import CheckpointError, Reader, read_json, shown
 
 # The ones that ModernBERT checkpoints have been seen to name are "gelu" (exact erf) and "silu".
 ACTIVATIONS = ("gelu", "silu", "relu", "gelu_pytorch_tanh")
 ROPE_TYPES = ("default", "linear", "yarn")
 FULL, SLIDING = "full_attention", "sliding_attention"
-MAX_JSON_BYTES = 1 << 20
-MAX_TOKENIZER_JSON_BYTES = 1 << 24  # tokenizer_config.json repeats every added token: over 1 MB for Gemma's
-
-# Far above any published checkpoint: a config that claims more is broken or hostile, and would build modules for ever.
-_LIMITS = {
-    "num_hidden_layers": 1_000,
-    "hidden_size": 1 << 16,
-    "intermediate_size": 1 << 18,
-    "vocab_size": 1 << 24,
-    "num_labels": 1 << 16,
-}
-
-
-class OptionError(ValueError):
-    """An option that this model or machine doesn't have: the shell calls it bad usage."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing something, is damaged, or asks for what this package can't do."""
+# What Alibaba's NewConfig has and transformers' GteConfig doesn't: a file with one of them speaks the older dialect.
+_NEW_CONFIG_KEYS = (
+    "rope_theta",
+    "rope_scaling",
+    "pack_qkv",
+    "layer_norm_type",
+    "unpad_inputs",
+    "use_memory_efficient_attention",
+    "logn_attention_scale",
+    "logn_attention_clip1",
+)
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one kind of layer. `yarn` as in arXiv 2309.00071; `linear` divides positions by `factor`."""
+    """Rotary embedding of one kind of layer. `yarn` as in arXiv 2309.00071; `linear` divides positions by `factor`;
+    `ntk`, GTE's own: theta times `factor`, all frequencies over factor^(2 / head_dim), or mixed, where it has an
+    exponent for that: frequency m (from 1) over exp(a m^mixed_b), the last one over `factor`."""
 
     theta: float
     type: str = "default"
@@ -49,6 +43,7 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0  # multiplies cos and sin
+    mixed_b: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,19 +95,13 @@ class ModernBertConfig:
 
         Unknown keys are ignored. Raises CheckpointError naming the key, the value and what is accepted.
         """
-        model_type = raw.get("model_type")
-        if model_type != "modernbert":
-            raise CheckpointError(f"model_type {shown(model_type)} is not supported; known: 'modernbert'")
-        get = _Reader(raw)
+        _check_type(raw, cls)
+        get = Reader(raw)
         layers = get.whole("num_hidden_layers", 22)
-        hidden, heads = get.whole("hidden_size", 768), get.whole("num_attention_heads", 12)
-        if hidden % heads or (hidden // heads) % 2:
-            raise CheckpointError(
-                f"hidden_size {hidden} over num_attention_heads {heads} must give a whole, even head size (for RoPE)"
-            )
+        hidden, heads = _sizes(get)
         pooling = get.choice("classifier_pooling", "cls", ("cls", "mean"))
         return cls(
-            architecture=_architecture(raw),
+            architecture=_architectures(raw, "ModernBertModel")[0],
             vocab_size=get.whole("vocab_size", 50368),
             hidden_size=hidden,
             intermediate_size=get.whole("intermediate_size", 1152),
@@ -138,114 +127,118 @@ class ModernBertConfig:
         )
 
 
-def read_config(folder: str | Path) -> ModernBertConfig:
+@dataclass(frozen=True)
+class GteConfig:
+    """A GTE v1.5 encoder, Alibaba's "NewModel", in any of its dialects; fields keep NewConfig's names and defaults."""
+
+    architecture: str = "NewModel"
+    vocab_size: int = 30528
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072  # width of one half of the GLU: up_gate_proj has twice as many rows
+    hidden_act: str = "gelu"
+    head_act: str = "gelu"  # of the masked-token head: Alibaba's is hidden_act, transformers' always gelu
+    max_position_embeddings: int = 2048
+    type_vocab_size: int = 1  # rows of the table of token types; 0: there is none
+    layer_norm_type: str = "layer_norm"  # of the layers' norms; the embeddings' is always a LayerNorm
+    layer_norm_eps: float = 1e-12
+    position_embedding_type: str = "rope"
+    rope: Rope = Rope(10_000.0)
+    logn_attention_scale: bool = False  # queries times ln(length) / ln(max_position_embeddings)
+    logn_attention_clip1: bool = False  # but not below 1
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    activation_fn: str | None = None
+    sparse: bool = False  # beside the encoder the file has a weight for each token (gte-multilingual-base)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> GteConfig:
+        """Reads a parsed config.json of model_type "new" or "gte": NewConfig's (also as transformers 5 saves it again)
+        or transformers' own GteConfig, which has other defaults.
+
+        Unknown keys are ignored. Raises CheckpointError naming the key, the value and what is accepted.
+        """
+        _check_type(raw, cls)
+        get = Reader(raw)
+        hidden, heads = _sizes(get)
+        native = _is_native(get)
+        longest = get.whole("max_position_embeddings", 8192 if native else 2048)
+        architectures = _architectures(raw, "GteModel" if native else "NewModel")
+        labels = _labels(get)
+        act = get.choice("hidden_act", "gelu", ACTIVATIONS)
+        return cls(
+            architecture=architectures[0],
+            vocab_size=get.whole("vocab_size", 250048 if native else 30528),
+            hidden_size=hidden,
+            num_hidden_layers=get.whole("num_hidden_layers", 12),
+            num_attention_heads=heads,
+            intermediate_size=get.whole("intermediate_size", 3072),
+            hidden_act=act,
+            head_act="gelu" if native else act,
+            max_position_embeddings=longest,
+            type_vocab_size=get.whole("type_vocab_size", 1, least=0),
+            layer_norm_type=get.choice("layer_norm_type", "layer_norm", ("layer_norm", "rms_norm")),
+            layer_norm_eps=get.number("layer_norm_eps", 1e-12),
+            # transformers' own class ignores the key, which files converted from BERT's still have.
+            position_embedding_type="rope"
+            if native
+            else get.choice("position_embedding_type", "rope", ("rope", "absolute")),
+            rope=_gte_rope(get, 160_000.0 if native else 10_000.0, longest),
+            logn_attention_scale=get.flag("logn_attention_scale", False, strings=True),
+            logn_attention_clip1=get.flag("logn_attention_clip1", False, strings=True),
+            tie_word_embeddings=get.flag("tie_word_embeddings", True, strings=True),
+            pad_token_id=get.token_id("pad_token_id"),
+            labels=labels,
+            activation_fn=_activation_fn(raw),
+            sparse=len(labels) == 1 and any("ForTokenClassification" in name for name in architectures),
+        )
+
+
+Config = ModernBertConfig | GteConfig
+_CONFIGS: dict[str, type[ModernBertConfig] | type[GteConfig]] = {
+    "modernbert": ModernBertConfig,
+    "new": GteConfig,
+    "gte": GteConfig,
+}
+
+
+def read_config(folder: str | Path) -> Config:
     """`folder`/config.json. Raises CheckpointError for a missing, malformed or unsupported one."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"no config.json in {folder}: not a checkpoint folder")
     try:
-        return ModernBertConfig.from_dict(read_json(path))
+        raw = read_json(path)
+        return _CONFIGS.get(str(raw.get("model_type")), ModernBertConfig).from_dict(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """The JSON object (in modules.json: the list) in a file. Raises CheckpointError if it is missing, is longer than
-    `limit` bytes, is malformed or holds something else."""
-    wanted = list if path.name == "modules.json" else dict
-    try:
-        content = path.read_bytes() if path.stat().st_size <= limit else None
-        value = None if content is None else json.loads(content)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
-    if content is None:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {limit} are read")
-    if not isinstance(value, wanted):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; a {wanted.__name__} is needed")
-    return value
+def _check_type(raw: Mapping[str, Any], wanted: type[Config]) -> None:
+    model_type = raw.get("model_type")
+    if _CONFIGS.get(model_type if isinstance(model_type, str) else "") is wanted:
+        return
+    decoder = ": a causal decoder, and these are encoders" if model_type == "modernbert-decoder" else ""
+    known = ", ".join(map(repr, _CONFIGS))
+    raise CheckpointError(f"model_type {shown(model_type)} is not supported{decoder}; known: {known}")
 
 
-def inside(folder: Path, relative: object, source: str) -> Path:
-    """`folder / relative` for a path that a checkpoint's file names; refused if it could leave the folder.
-
-    Links are followed only within the folder or, in a hub cache (models--ORG--NAME/snapshots/COMMIT/file ->
-    ../../blobs/HASH), within that model's cache. `source` names the file that holds the path, for the error message.
-    """
-    text = relative if isinstance(relative, str) else "\0"
-    pure = PurePosixPath(text)
-    if "\0" in text or "\\" in text or pure.is_absolute() or ".." in pure.parts or Path(text).drive:
+def _sizes(get: Reader) -> tuple[int, int]:
+    hidden, heads = get.whole("hidden_size", 768), get.whole("num_attention_heads", 12)
+    if hidden % heads or (hidden // heads) % 2:
         raise CheckpointError(
-            f"{source}: path {shown(relative)} leaves the model's folder; only paths inside it are read"
+            f"hidden_size {hidden} over num_attention_heads {heads} must give a whole, even head size (for RoPE)"
         )
-    root, path = folder.resolve(), folder / pure
-    in_cache = root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
-    try:
-        path.exists()  # raises for a name that no file can have
-        leaves = not path.resolve().is_relative_to(root.parent.parent if in_cache else root)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{source}: path {shown(relative)} can't be followed: {shown(error)}") from None
-    if leaves:
-        raise CheckpointError(f"{source}: path {shown(relative)} is a link that leaves the model's folder")
-    return path
+    return hidden, heads
 
 
-def shown(value: object) -> str:
-    """A value for an error message: its repr, shortened, and printable anywhere."""
-    try:
-        text = (str(value) if isinstance(value, BaseException) else repr(value)).encode(errors="replace").decode()
-    except RecursionError:
-        text = f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 200 else text[:160] + "…" + text[-30:]
-
-
-class _Reader:
-    """Typed access to a raw config; a key that is absent or null takes the default."""
-
-    def __init__(self, raw: Mapping[str, Any]):
-        self.raw = raw
-
-    def _fail(self, key: str, value: object, allowed: str) -> CheckpointError:
-        return CheckpointError(f"{key} is {shown(value)}; it must be {allowed}")
-
-    def whole(self, key: str, default: int) -> int:
-        value = default if self.raw.get(key) is None else self.raw[key]
-        limit = _LIMITS.get(key, 1 << 31)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-            raise self._fail(key, value, f"a whole number from 1 to {limit}")
-        return value
-
-    def token_id(self, key: str) -> int | None:
-        value = self.raw.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise self._fail(key, value, "a whole number from 0, or null")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = default if self.raw.get(key) is None else self.raw[key]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-            raise self._fail(key, value, "a positive number")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = default if self.raw.get(key) is None else self.raw[key]
-        if not isinstance(value, bool):
-            raise self._fail(key, value, "true or false")
-        return value
-
-    def choice(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
-        value = default if self.raw.get(key) is None else self.raw[key]
-        if value not in allowed:
-            raise self._fail(key, value, "one of " + ", ".join(allowed))
-        return str(value)
-
-    def mapping(self, key: str) -> Mapping[str, Any]:
-        value = {} if self.raw.get(key) is None else self.raw[key]
-        if not isinstance(value, Mapping):
-            raise self._fail(key, value, "an object or null")
-        return value
-
-
-def _layer_types(get: _Reader, layers: int) -> tuple[str, ...]:
+def _layer_types(get: Reader, layers: int) -> tuple[str, ...]:
     """`layer_types` if present; else every n-th layer, from layer 0, is global."""
     types = get.raw.get("layer_types")
     if types is None:
@@ -259,13 +252,13 @@ def _layer_types(get: _Reader, layers: int) -> tuple[str, ...]:
     return tuple(types)
 
 
-def _rope(get: _Reader, kind: str) -> Rope:
+def _rope(get: Reader, kind: str) -> Rope:
     """RoPE of one kind of layer: rope_parameters[kind], then rope_scaling (both kinds), then the theta keys."""
     per_kind = get.mapping("rope_parameters")
     if per_kind and not set(per_kind) & {FULL, SLIDING}:
         raise CheckpointError(f"rope_parameters has {shown(sorted(per_kind))}; it must hold {FULL!r} and {SLIDING!r}")
-    values = {**_Reader(per_kind).mapping(kind), **get.mapping("rope_scaling")}
-    read = _Reader(values)
+    values = {**Reader(per_kind).mapping(kind), **get.mapping("rope_scaling")}
+    read = Reader(values)
 
     # `local_rope_theta: null` means the global theta in transformers 4.48-4.57; an absent key means 10,000.
     theta = get.number("global_rope_theta", 160_000.0)
@@ -273,16 +266,58 @@ def _rope(get: _Reader, kind: str) -> Rope:
         theta = get.number("local_rope_theta", 10_000.0)
     theta = read.number("rope_theta", theta)
 
-    rope_type = read.raw.get("rope_type") or read.raw.get("type") or "default"
-    if rope_type not in ROPE_TYPES:
+    return _rope_of(read, theta, ROPE_TYPES, f"rope type {{}} of {kind}", get.whole("max_position_embeddings", 8192))
+
+
+def _is_native(get: Reader) -> bool:
+    """Whether a config is transformers' GteConfig, rather than Alibaba's NewConfig, whose defaults differ. Both call
+    themselves "gte"; "new" is the latter's alone."""
+    if get.raw["model_type"] == "new":
+        return False
+    parameters = get.mapping("rope_parameters")
+    if parameters:
+        return "ntk" not in (parameters.get("rope_type"), parameters.get("type"))
+    if any(key in get.raw for key in _NEW_CONFIG_KEYS):
+        return False
+    raise CheckpointError(
+        "model_type is 'gte', which is transformers' GteConfig if there are rope_parameters, and Alibaba's NewConfig "
+        f"if there is one of {', '.join(_NEW_CONFIG_KEYS)}; this file has none of them, and their defaults differ"
+    )
+
+
+def _gte_rope(get: Reader, default_theta: float, longest: int) -> Rope:
+    parameters, scaling = get.mapping("rope_parameters"), get.mapping("rope_scaling")
+    differing = [key for key in parameters if key in scaling and parameters[key] != scaling[key]]
+    if differing:
         raise CheckpointError(
-            f"rope type {shown(rope_type)} of {kind} is not supported; known: {', '.join(ROPE_TYPES)}"
+            f"rope_parameters and rope_scaling differ in {shown(differing[0])}: {shown(parameters[differing[0]])} and "
+            f"{shown(scaling[differing[0]])}; one of them is enough"
         )
+    read = Reader({**parameters, **scaling})
+    theta = read.number("rope_theta", get.number("rope_theta", default_theta))
+    name = "rope_scaling type {}" if scaling else "rope_parameters type {}"
+    return _rope_of(read, theta, (*ROPE_TYPES, "ntk"), name, longest)
+
+
+def _rope_of(read: Reader, theta: float, known: tuple[str, ...], name: str, longest: int) -> Rope:
+    """name: for messages, with {} where the type goes."""
+    named = [read.raw[key] for key in ("rope_type", "type") if read.raw.get(key)]  # older files have the latter
+    if len(named) > 1 and named[0] != named[1]:
+        raise CheckpointError(
+            f"{name.format(shown(named[0]))} and the older key's {shown(named[1])} differ; one is enough"
+        )
+    rope_type = named[0] if named else "default"
+    if rope_type not in known:
+        raise CheckpointError(f"{name.format(shown(rope_type))} is not supported; known: {', '.join(known)}")
     if read.number("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"partial_rotary_factor {values['partial_rotary_factor']!r} is not supported; only 1.0")
+        raise CheckpointError(f"partial_rotary_factor {read.raw['partial_rotary_factor']!r} is not supported; only 1.0")
     if rope_type == "default":
         return Rope(theta)
-    longest = get.whole("max_position_embeddings", 8192)
+    if rope_type == "ntk":
+        if read.raw.get("factor") is None:
+            raise CheckpointError(f"{name.format(repr('ntk'))} has no factor; it must be a positive number")
+        mixed_b = None if read.raw.get("mixed_b") is None else read.number("mixed_b", 1.0)
+        return Rope(theta, "ntk", read.number("factor", 1.0), mixed_b=mixed_b)
     original = read.whole("original_max_position_embeddings", longest)
     factor = read.number("factor", longest / original)
     if rope_type == "linear":
@@ -291,14 +326,14 @@ def _rope(get: _Reader, kind: str) -> Rope:
         theta,
         "yarn",
         factor,
-        original,
+        original_max_position_embeddings=original,
         beta_fast=read.number("beta_fast", 32.0),
         beta_slow=read.number("beta_slow", 1.0),
         attention_factor=read.number("attention_factor", _yarn_attention_factor(read, factor)),
     )
 
 
-def _yarn_attention_factor(read: _Reader, factor: float) -> float:
+def _yarn_attention_factor(read: Reader, factor: float) -> float:
     """0.1 ln(factor) + 1 (arXiv 2309.00071, eq. 22); mscale and mscale_all_dim as in transformers' rope utilities."""
 
     def mscale(by: float) -> float:
@@ -309,14 +344,14 @@ def _yarn_attention_factor(read: _Reader, factor: float) -> float:
     return mscale(1.0)
 
 
-def _architecture(raw: Mapping[str, Any]) -> str:
-    names = raw.get("architectures") or ["ModernBertModel"]
+def _architectures(raw: Mapping[str, Any], default: str) -> list[str]:
+    names = raw.get("architectures") or [default]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"architectures is {shown(names)}; it must be a list of class names")
-    return str(names[0])
+    return names
 
 
-def _labels(get: _Reader) -> tuple[str, ...]:
+def _labels(get: Reader) -> tuple[str, ...]:
     """id2label in the order of its ids; without one, LABEL_0.. as many as num_labels (transformers' default: 2)."""
     id2label = {str(key): label for key, label in get.mapping("id2label").items()}
     if not id2label:

@@ -167,17 +167,21 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tenso
 
 
 @_not_compiled
-def gated_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, act: str, function: Any) -> Tensor:
-    """act(x @ first half of weight (2N, K)) * (x @ second half) -> (T, N), `function` being act."""
+def gated_linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, act: str, function: Any, swapped: bool = False
+) -> Tensor:
+    """act(x @ first half of weight (2N, K)) * (x @ second half) -> (T, N), `function` being act; swapped: the other
+    way round."""
+    order = -1 if swapped else 1
     if isinstance(weight, Int8Weight):
         out = x.new_empty(len(x), len(weight) // 2)
         for rows, numbers, scale in _quantized_rows(x):
             product = _int8_product(numbers, weight).mul_(scale)
-            activated, gate = (product if bias is None else product.add_(bias)).chunk(2, -1)
+            activated, gate = (product if bias is None else product.add_(bias)).chunk(2, -1)[::order]
             torch.mul(function(activated), gate, out=out[rows])
         return out
-    first, second = weight.parts
-    bias1, bias2 = (None, None) if bias is None else bias.chunk(2)
+    first, second = weight.parts[::order]
+    bias1, bias2 = (None, None) if bias is None else bias.chunk(2)[::order]
     activated = _multiply(x, first, bias1, "gelu") if act == "gelu" else function(_multiply(x, first, bias1))
     return _multiply_and(x, activated, second, bias2, "mul")
 

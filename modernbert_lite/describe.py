@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, ops
-from .config import FULL
+from . import __version__, heads, ops
+from .config import FULL, GteConfig, ModernBertConfig
 from .pipeline import Checkpoint
 from .st_config import length_limit
 from .threads import available, set_threads
@@ -38,25 +38,19 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
             count = int(np.prod(part.get_shape()))
             parameters += count
             stored[part.get_dtype()] += count
-    use = {"ModernBertModel": "Embedder", "ModernBertForMaskedLM": "FillMask"}.get(config.architecture)
-    if "ForSequenceClassification" in config.architecture:
-        use = "Reranker"
     pooling = sentence.pooling
     return {
         "folder": str(checkpoint.root),
         "architecture": config.architecture,
-        "use": "Embedder" if pooling else use or "load_model",
+        "use": "Embedder" if pooling else heads.use(config.architecture),
         "parameters": parameters,
         "stored as": ", ".join(stored),
         "hidden size": config.hidden_size,
-        "layers": f"{config.num_hidden_layers} ({config.layer_types.count(FULL)} global)",
+        "layers": config.num_hidden_layers,
         "heads": f"{config.num_attention_heads} x {config.head_dim}",
         "intermediate size": config.intermediate_size,
         "vocabulary": config.vocab_size,
-        "local window": f"{config.local_attention} ({config.local_attention // 2} on each side)",
-        "rope theta": f"{config.full_rope.theta:g} global, {config.sliding_rope.theta:g} local",
-        "rope type": config.full_rope.type,
-        "activation": config.hidden_activation,
+        **(_of_modernbert(config) if isinstance(config, ModernBertConfig) else _of_gte(config)),
         "max length": length_limit(sentence, checkpoint.folder, config.max_position_embeddings),
         "pooling": "+".join(pooling.modes) if pooling else "none said",
         "dense": len(sentence.dense_paths),
@@ -65,6 +59,33 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
         "similarity": sentence.similarity_fn_name,
         "labels": list(config.labels) if "Classification" in config.architecture else [],
         "files": {p.relative_to(root).as_posix(): p.stat().st_size for p in sorted(root.rglob("*")) if p.is_file()},
+    }
+
+
+def _of_modernbert(config: ModernBertConfig) -> dict[str, Any]:
+    half = config.local_attention // 2
+    return {
+        "global layers": config.layer_types.count(FULL),
+        "local window": f"{config.local_attention} ({half} on each side)",
+        "rope theta": f"{config.full_rope.theta:g} global, {config.sliding_rope.theta:g} local",
+        "rope type": config.full_rope.type,
+        "activation": config.hidden_activation,
+    }
+
+
+def _of_gte(config: GteConfig) -> dict[str, Any]:
+    rope, rotary = config.rope, config.position_embedding_type == "rope"
+    scaling = "" if rope.type == "default" else f", factor {rope.factor:g}"
+    mixed = "" if rope.mixed_b is None else f", mixed_b {rope.mixed_b:g}"
+    return {
+        "global layers": config.num_hidden_layers,
+        "positions": config.position_embedding_type,
+        "rope theta": f"{rope.theta:g}" if rotary else "none",
+        "rope type": rope.type + scaling + mixed if rotary else "none",
+        "activation": config.hidden_act,
+        "token types": config.type_vocab_size,
+        "layers' norms": config.layer_norm_type,
+        "sparse token weights": config.sparse,
     }
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from . import pooling
 from .batch import PackedBatch
-from .config import CheckpointError, OptionError
-from .model import ModernBert
+from .heads import TokenClassifier, encoder_class, use
 from .pipeline import Checkpoint, Pipeline, check_text, length, warn
 from .pooling import PRECISIONS, quantize_embeddings
+from .reading import CheckpointError, OptionError
 from .st_config import Dense, Pooling, finish
 from .weights import BUNDLED
 
@@ -31,23 +31,25 @@ class Embedder(Pipeline):
         self.check(checkpoint)
         sentence = checkpoint.sentence
         architecture = checkpoint.config.architecture
-        if sentence.pooling is None and "ForMaskedLM" not in architecture and architecture != "ModernBertModel":
-            right = "Reranker" if "ForSequenceClassification" in architecture else "load_model"
+        if sentence.pooling is None and use(architecture) not in ("Embedder", "FillMask"):
             raise CheckpointError(
-                f"{checkpoint.root} holds a {architecture}, a classifier and no embedding model: use {right} for it"
+                f"{checkpoint.root} holds a {architecture}, a classifier and no embedding model: use "
+                f"{use(architecture)} for it"
             )
         if sentence.pooling is None:
             warn(
                 f"{checkpoint.root} has no pooling files: it is not an embedding model. Its tokens are averaged, and "
                 "unrelated texts will look alike"
             )
-        super().__init__(checkpoint, ModernBert, **options)
+        super().__init__(checkpoint, encoder_class(checkpoint.config), **options)
+        self.sparse = isinstance(self.model, TokenClassifier)
         self.prompts = dict(sentence.prompts or {})
         self.default_prompt_name = sentence.default_prompt_name
         self.similarity_fn_name = sentence.similarity_fn_name
         self.pooling = sentence.pooling or Pooling()
         self.normalizes = sentence.normalize
-        self.network = self.graphed(self.model, partial(_forward, self.model, self.pooling.modes))
+        encoder = self.model.model if isinstance(self.model, TokenClassifier) else self.model
+        self.network = self.graphed(self.model, partial(_forward, encoder, self.pooling.modes))
         self.dense = [Dense(checkpoint.root / path, self.device) for path in sentence.dense_paths]
         self.dimension = self.config.hidden_size * len(self.pooling.modes)
         for path, dense in zip(sentence.dense_paths, self.dense, strict=True):
@@ -135,6 +137,41 @@ class Embedder(Pipeline):
 
         for rows in self.run(texts(), forward, show_progress_bar, length(sentences)):
             yield torch.stack(rows).numpy()
+
+    def encode_sparse(self, sentences: str | Iterable[str], *, show_progress_bar: bool | None = None) -> Any:
+        """For every text {token: weight}, a list in their order; of one string, one dict.
+
+        As gte-multilingual-base's card has it: a token's weight is the larger one of 0 and the token classifier's
+        logit, the largest where a token comes several times; tokens without a weight, and special ones, are left out.
+        Two texts match by the sum, over the tokens that they share, of the products of both weights. Raises
+        CheckpointError for a model that doesn't have such weights.
+        """
+        if not self.sparse:
+            raise CheckpointError(
+                f"this {self.config.architecture} has no sparse token weights: they need a token classifier of one "
+                "label beside the encoder, as in Alibaba-NLP/gte-multilingual-base"
+            )
+        single = isinstance(sentences, str)
+        texts = [sentences] if isinstance(sentences, str) else sentences
+
+        def forward(batch: PackedBatch) -> list[tuple[list[int], list[float]]]:
+            weights = self.model(batch).squeeze(-1).float().relu().cpu()
+            ids = batch.input_ids.cpu()
+            parts = zip(ids.split(batch.seqlens), weights.split(batch.seqlens), strict=True)
+            return [(i.tolist(), w.tolist()) for i, w in parts]
+
+        def weigh(ids: list[int], weights: list[float]) -> dict[str, float]:
+            largest: dict[str, float] = {}
+            for i, weight in zip(ids, weights, strict=True):
+                if weight > 0 and i not in self.tokenizer.unweighted:
+                    token = self.tokenizer.decode(i)
+                    largest[token] = max(weight, largest.get(token, 0.0))
+            return largest
+
+        checked = (check_text(text, i) for i, text in enumerate(texts))
+        blocks = self.run(checked, forward, show_progress_bar, length(texts))
+        results = [weigh(*row) for block in blocks for row in block]
+        return results[0] if single else results
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> np.ndarray:
         """(N, D) and (M, D) -> (N, M) by `similarity_fn_name`; distances (euclidean, manhattan) are negated."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from .batch import PackedBatch
-from .config import CheckpointError, OptionError
-from .heads import MaskedLM
+from .heads import network_class
 from .pipeline import Checkpoint, Pipeline, check_text, length
+from .reading import CheckpointError, OptionError
 
 Prediction = dict[str, Any]
 _ROWS = 256  # [MASK]s whose logits, a vocabulary wide, are held at a time
@@ -24,7 +24,7 @@ class FillMask(Pipeline):
         architecture = checkpoint.config.architecture
         if "ForMaskedLM" not in architecture:
             raise CheckpointError(f"{checkpoint.root} holds a {architecture}; FillMask needs a ...ForMaskedLM")
-        super().__init__(checkpoint, MaskedLM, **options)
+        super().__init__(checkpoint, network_class(architecture), **options)
         encoder: Any = self.model.model
         self.network = self.graphed(encoder)
         if self.tokenizer.mask_token is None:

@@ -93,20 +93,23 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> T
     return kernel.rope_(x, cos, sin, position_ids)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None) -> Tensor:
     from .kernels import layer_norm as kernel
 
-    norm: Any = kernel.layer_norm_op if torch.compiler.is_compiling() else kernel.layer_norm
-    return norm(x, weight, bias, eps)
+    if not torch.compiler.is_compiling():
+        return kernel.layer_norm(x, weight, bias, eps, residual)
+    if residual is not None:
+        return kernel.add_layer_norm_op(x, residual, weight, bias, eps)[0]
+    return kernel.layer_norm_op(x, weight, bias, eps)
 
 
-def geglu(x: Tensor, act: str) -> Tensor:
-    """(T, 2N) -> act(first half) * second half."""
+def geglu(x: Tensor, act: str, swapped: bool) -> Tensor:
+    """(T, 2N) -> act(first half) * second half; swapped: the other way round."""
     from .kernels import geglu as kernel
 
     if traced(x):
-        return kernel.geglu_op(x, act, False)
-    activated, gate = x.chunk(2, dim=-1)
+        return kernel.geglu_op(x, act, swapped)
+    activated, gate = x.chunk(2, dim=-1)[:: -1 if swapped else 1]
     return kernel.geglu(activated, gate, act)
 
 
@@ -141,7 +144,7 @@ def tile_table(batch: PackedBatch, block: int) -> Tensor:
 
     key = ("tiles", block)
     if key not in batch.cache:
-        batch.cache[key] = to_device(kernel.tiles(batch.seqlens, block), batch.cu_seqlens.device)
+        batch.cache[key] = to_device(kernel.tiles(batch.seqlens, block, batch.key_seqlens), batch.cu_seqlens.device)
     return batch.cache[key]
 
 

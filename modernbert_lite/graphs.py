@@ -128,7 +128,7 @@ class Graphed:
         weight = self._last()
         if batch.input_ids.device != weight.device or not _can_capture(weight.device):
             return False
-        if not 0 < len(batch.input_ids) <= self.max_tokens or 0 in batch.seqlens:
+        if not 0 < len(batch.input_ids) <= self.max_tokens or 0 in batch.seqlens or batch.key_seqlens:
             return False
         if torch.is_autocast_enabled() or gpu.wants_gradient(*self._tensors()):
             return False
@@ -139,7 +139,8 @@ class Graphed:
     def _find(self, batch: PackedBatch, arguments: tuple[Hashable, ...]) -> _Graph | None:
         tokens, sequences = bucket_of(len(batch.input_ids), len(batch.seqlens))
         wide = batch.max_seqlen > gpu.NARROW
-        key = (tokens, sequences, wide, arguments, os.environ.get("MODERNBERT_LITE_BACKEND"))
+        typed = batch.token_type_ids is not None
+        key = (tokens, sequences, wide, typed, arguments, os.environ.get("MODERNBERT_LITE_BACKEND"))
         if key in self._graphs:
             return self._graphs[key]
         self._seen[key] += 1
@@ -224,6 +225,7 @@ def _static_batch(like: PackedBatch, tokens: int, sequences: int, wide: bool, dt
         cu_seqlens=like.cu_seqlens.new_zeros(sequences + 1),
         max_seqlen=tokens if wide else gpu.NARROW,
         position_ids=like.position_ids.new_zeros(tokens),
+        token_type_ids=None if like.token_type_ids is None else like.token_type_ids.new_zeros(tokens),
         seqlens=(),
         max_id=0,
     )
@@ -237,6 +239,8 @@ def _fill(static: PackedBatch, batch: PackedBatch) -> None:
     # The tail of ids and positions keeps what it had: valid ones, of tokens that no sequence has.
     static.input_ids[:T].copy_(batch.input_ids)
     static.position_ids[:T].copy_(batch.position_ids)
+    if static.token_type_ids is not None and batch.token_type_ids is not None:
+        static.token_type_ids[:T].copy_(batch.token_type_ids)
     static.cu_seqlens[: B + 1].copy_(batch.cu_seqlens)
     static.cu_seqlens[B + 1 :].fill_(T)
     for (_, block), table in static.cache.items():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from . import ops, pooling
 from .batch import PackedBatch
-from .config import CheckpointError, ModernBertConfig
+from .config import Config, GteConfig, ModernBertConfig
+from .gte import Gte
 from .linear import Linear
 from .model import LayerNorm, ModernBert
+from .reading import CheckpointError
 
 
 class PredictionHead(nn.Module):
@@ -19,13 +22,17 @@ class PredictionHead(nn.Module):
         # classifier_bias is this layer's bias; the classifier after it always has its own.
         self.dense = Linear(config.hidden_size, config.hidden_size, bias=config.classifier_bias)
         self.act = config.classifier_activation
-        self.norm = LayerNorm(config)
+        self.norm = LayerNorm(config.hidden_size, config.norm_eps, config.norm_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(ops.activation(self.act)(self.dense(x)))
 
 
 class MaskedLM(nn.Module):
+    TIED = "decoder.weight", "model.embeddings.tok_embeddings.weight"  # the same, where the config ties them
+    config: Config
+    model: ModernBert | Gte
+
     def __init__(self, config: ModernBertConfig):
         super().__init__()
         self.config = config
@@ -46,6 +53,9 @@ class MaskedLM(nn.Module):
 class Classifier(nn.Module):
     """What the two classifiers share: their modules, which have the same names in a checkpoint."""
 
+    config: Config
+    model: ModernBert | Gte
+
     def __init__(self, config: ModernBertConfig):
         super().__init__()
         self.config = config
@@ -57,7 +67,7 @@ class Classifier(nn.Module):
 class SequenceClassifier(Classifier):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (B, labels): pooled first (by the config's `classifier_pooling`), then head and classifier."""
-        mode = self.config.classifier_pooling
+        mode = self.config.classifier_pooling if isinstance(self.config, ModernBertConfig) else "cls"
         if mode == "cls":
             pooled = self.model(batch, pooling.rows(batch, ["cls"]))  # (B, C)
         else:
@@ -72,12 +82,82 @@ class TokenClassifier(Classifier):
         return self.classifier(self.head(self.model(batch)))
 
 
+# ---- on the GTE encoder: other modules, the same calls ----
+
+
+class GteMaskedLM(MaskedLM):
+    TIED = "lm_head.decoder.weight", "model.embeddings.word_embeddings.weight"
+
+    def __init__(self, config: GteConfig):
+        nn.Module.__init__(self)
+        self.config = config
+        self.model = Gte(config)
+        self.lm_head = GtePredictionHead(config)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.lm_head(x)
+
+
+class GtePredictionHead(nn.Module):
+    """dense -> activation -> norm -> decoder, (.., C) -> (.., V)."""
+
+    def __init__(self, config: GteConfig):
+        super().__init__()
+        C = config.hidden_size
+        self.dense = Linear(C, C, bias=True)
+        self.act = config.head_act
+        self.norm = LayerNorm(C, config.layer_norm_eps, bias=True)
+        self.decoder = nn.Linear(C, config.vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.norm(ops.activation(self.act)(self.dense(x))))
+
+
+class GteSequenceClassifier(SequenceClassifier):
+    def __init__(self, config: GteConfig):
+        nn.Module.__init__(self)
+        self.config = config
+        self.model = Gte(config)
+        self.pooler = GtePooler(config)
+        self.classifier = nn.Linear(config.hidden_size, len(config.labels))
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Logits (B, labels), of the first token."""
+        return self.classifier(self.pooler(self.model(batch, pooling.rows(batch, ["cls"]))))
+
+
+class GtePooler(nn.Module):
+    def __init__(self, config: GteConfig):
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.hidden_size, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dense(x))
+
+
+class GteTokenClassifier(TokenClassifier):
+    def __init__(self, config: GteConfig):
+        nn.Module.__init__(self)
+        self.config = config
+        self.model = Gte(config)
+        self.classifier = nn.Linear(config.hidden_size, len(config.labels))
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        return self.classifier(self.model(batch))
+
+
 ARCHITECTURES: dict[str, type[nn.Module]] = {
     "ModernBertModel": ModernBert,
     "ModernBertForMaskedLM": MaskedLM,
     "ModernBertForSequenceClassification": SequenceClassifier,
     "ModernBertForTokenClassification": TokenClassifier,
+    **{f"{name}Model": Gte for name in ("New", "Gte")},
+    **{f"{name}ForMaskedLM": GteMaskedLM for name in ("New", "Gte")},
+    **{f"{name}ForSequenceClassification": GteSequenceClassifier for name in ("New", "Gte")},
+    **{f"{name}ForTokenClassification": GteTokenClassifier for name in ("New", "Gte")},
 }
+# What runs an architecture for its user, by the end of its name.
+_USES = {"Model": "Embedder", "ForMaskedLM": "FillMask", "ForSequenceClassification": "Reranker"}
 
 
 def network_class(architecture: str) -> type[nn.Module]:
@@ -85,3 +165,16 @@ def network_class(architecture: str) -> type[nn.Module]:
     if architecture not in ARCHITECTURES:
         raise CheckpointError(f"architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[architecture]
+
+
+def encoder_class(config: Config) -> type[nn.Module]:
+    """The encoder alone, whatever stands on it in the checkpoint; with its token classifier where that gives sparse
+    weights beside the vectors."""
+    if isinstance(config, GteConfig):
+        return GteTokenClassifier if config.sparse else Gte
+    return ModernBert
+
+
+def use(architecture: str) -> str:
+    """The class that runs it for its user; "load_model" where there is none."""
+    return next((name for end, name in _USES.items() if architecture.endswith(end)), "load_model")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .batch import PackedBatch
-from .config import FULL, ModernBertConfig
+from .config import FULL, Config, GteConfig, ModernBertConfig
 from .linear import Linear
 
 
@@ -23,7 +23,7 @@ class ModernBert(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.final_norm = LayerNorm(config)
+        self.final_norm = _norm(config)
 
     def forward(self, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
         """(T, C), in the weights' dtype; or, of the tokens `rows` (B,), row b in sequence b, (B, C): the last layer
@@ -46,8 +46,8 @@ class ModernBert(nn.Module):
         return self.final_norm(x)
 
 
-def check_batch(batch: PackedBatch, config: ModernBertConfig, rows: Tensor | None = None) -> None:
-    """Raises TypeError for what is no batch, ValueError for ids outside the vocabulary or not a row a sequence."""
+def check_batch(batch: PackedBatch, config: Config, rows: Tensor | None = None) -> None:
+    """Raises TypeError for what is no batch, ValueError for ids outside the tables or not a row a sequence."""
     if not isinstance(batch, PackedBatch):
         raise TypeError(f"the network takes a PackedBatch, not {type(batch).__name__}: see pack and from_padded")
     if batch.max_id >= config.vocab_size:
@@ -55,6 +55,9 @@ def check_batch(batch: PackedBatch, config: ModernBertConfig, rows: Tensor | Non
             f"token id {batch.max_id} is outside the vocabulary (ids 0 to {config.vocab_size - 1}); "
             "was the text tokenized for another model?"
         )
+    types = config.type_vocab_size if isinstance(config, GteConfig) else 0
+    if types > 1 and batch.max_type >= types:
+        raise ValueError(f"token type {batch.max_type} is outside the model's table (types 0 to {types - 1})")
     if rows is not None and rows.shape != (batch.cu_seqlens.shape[0] - 1,):
         raise ValueError(f"rows is {tuple(rows.shape)}; it must be ({batch.cu_seqlens.shape[0] - 1},): one a sequence")
 
@@ -65,7 +68,7 @@ class Embeddings(nn.Module):
         # Zeros, to be loaded over: drawing random numbers on the meta device imports torch's compiler, 1.4 s.
         V, C = config.vocab_size, config.hidden_size
         self.tok_embeddings = nn.Embedding(V, C, _weight=torch.zeros(V, C))
-        self.norm = LayerNorm(config)
+        self.norm = _norm(config)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         # The table may be narrower than the rest: it stays as the checkpoint stores it, mapped from the file.
@@ -78,9 +81,9 @@ class Layer(nn.Module):
     def __init__(self, config: ModernBertConfig, index: int):
         super().__init__()
         # The embeddings were normalised already, so layer 0 has no attn_norm (and the checkpoint no weight for it).
-        self.attn_norm = nn.Identity() if index == 0 else LayerNorm(config)
+        self.attn_norm = nn.Identity() if index == 0 else _norm(config)
         self.attn = Attention(config, index)
-        self.mlp_norm = LayerNorm(config)
+        self.mlp_norm = _norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, batch: PackedBatch, turn: ops.Rotation, rows: Tensor | None = None) -> Tensor:
@@ -96,7 +99,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModernBertConfig, index: int):
         super().__init__()
         C = config.hidden_size
-        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.heads = config.num_attention_heads
         self.window_size = config.window_size(index)
         self.Wqkv = Linear(C, 3 * C, bias=config.attention_bias)
         self.Wo = Linear(C, C, bias=config.attention_bias)
@@ -104,18 +107,35 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, batch: PackedBatch, turn: ops.Rotation, residual: Tensor, rows: Tensor | None
     ) -> Tensor:
-        if rows is None:
-            qkv = self.Wqkv(x).view(-1, 3, self.heads, self.head_dim)  # (T, 3, H, D)
-            qkv = ops.rope_(qkv, *turn)
-            out = ops.attention(qkv, batch, self.window_size, self.Wqkv.weight)  # (T, H, D)
-        else:  # one token of each sequence asks, all of them answer
-            C = len(self.Wqkv.weight) // 3
-            q = ops.linear_part(x[rows], self.Wqkv.weight, self.Wqkv.bias, slice(0, C))
-            kv = ops.linear_part(x, self.Wqkv.weight, self.Wqkv.bias, slice(C, None))
-            q = ops.rope_(q.view(-1, 1, self.heads, self.head_dim), *ops.rotation_at(turn, rows))  # (B, 1, H, D)
-            kv = ops.rope_(kv.view(-1, 2, self.heads, self.head_dim), *turn)  # (T, 2, H, D)
-            out = ops.row_attention(q[:, 0], kv, batch).to(x.dtype)  # (B, H, D)
-        return self.Wo(out.flatten(1), residual)
+        return self.Wo(attend(x, self.Wqkv, self.heads, batch, turn, self.window_size, rows), residual)
+
+
+def attend(
+    x: Tensor,
+    Wqkv: Linear,
+    heads: int,
+    batch: PackedBatch,
+    turn: ops.Rotation | None,
+    window_size: tuple[int, int] = (-1, -1),
+    rows: Tensor | None = None,
+    q_scale: Tensor | None = None,
+) -> Tensor:
+    """x (T, C) -> (T, C) before the output projection; of the tokens `rows` alone, (B, C), without a window. q_scale
+    (T, 1, 1) multiplies the queries."""
+    if rows is None:
+        qkv = Wqkv(x).unflatten(1, (3, heads, -1))  # (T, 3, H, D)
+        qkv = qkv if turn is None else ops.rope_(qkv, *turn)
+        if q_scale is not None:
+            qkv[:, 0] *= q_scale
+        return ops.attention(qkv, batch, window_size, Wqkv.weight).flatten(1)
+    # One token of each sequence asks, all of them answer.
+    C = len(Wqkv.weight) // 3
+    q = ops.linear_part(x[rows], Wqkv.weight, Wqkv.bias, slice(0, C)).unflatten(1, (1, heads, -1))  # (B, 1, H, D)
+    kv = ops.linear_part(x, Wqkv.weight, Wqkv.bias, slice(C, None)).unflatten(1, (2, heads, -1))  # (T, 2, H, D)
+    if turn is not None:
+        q, kv = ops.rope_(q, *ops.rotation_at(turn, rows)), ops.rope_(kv, *turn)
+    q = q[:, 0] if q_scale is None else q[:, 0] * q_scale[rows].to(q.dtype)
+    return ops.row_attention(q, kv, batch).to(x.dtype).flatten(1)
 
 
 class MLP(nn.Module):
@@ -134,11 +154,15 @@ class MLP(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    def __init__(self, config: ModernBertConfig):
+    def __init__(self, size: int, eps: float, bias: bool):
         super().__init__()
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.bias = nn.Parameter(torch.zeros(config.hidden_size)) if config.norm_bias else None
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def _norm(config: ModernBertConfig) -> LayerNorm:
+    return LayerNorm(config.hidden_size, config.norm_eps, config.norm_bias)

@@ -9,18 +9,19 @@ from __future__ import annotations
 import functools
 import math
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard
+from typing import TYPE_CHECKING, ParamSpec, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import PackedBatch, constant
-from .config import OptionError, Rope
+from .config import Rope
+from .reading import OptionError
+from .rotary import cached, position_table, rope_table
 
 if TYPE_CHECKING:
     from .cpu import PackedWeight
@@ -147,18 +148,19 @@ def linear_part(x: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> 
     return F.linear(x, weight[part], None if bias is None else bias[part])
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
-    """`linear` to (T, 2N), then act(first half) * second half -> (T, N): ModernBERT's GeGLU (arXiv 2002.05202)."""
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, swapped: bool = False) -> Tensor:
+    """`linear` to (T, 2N), then act(first half) * second half -> (T, N): ModernBERT's GeGLU (arXiv 2002.05202).
+    swapped: first half * act(second half), GTE's."""
     if _multiplies_packed(weight, x, bias):
         from . import cpu
 
-        return cpu.gated_linear(x, weight, bias, act, activation(act))
+        return cpu.gated_linear(x, weight, bias, act, activation(act), swapped)
     y = linear(x, weight, bias)
     if act in ("gelu", "silu") and backend("geglu", y) == "triton":
         from . import gpu
 
-        return gpu.geglu(y, act)
-    activated, gate = y.chunk(2, dim=-1)
+        return gpu.geglu(y, act, swapped)
+    activated, gate = y.chunk(2, dim=-1)[:: -1 if swapped else 1]
     return geglu(activated, gate, act)
 
 
@@ -169,19 +171,48 @@ def _can_accumulate(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
     return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or residual.requires_grad))
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """(T, C) -> (T, C), statistics over C; weight and bias (C,). The result is in the weight's dtype where x, a sum
-    that a fast `linear` keeps in fp32, is wider."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None) -> Tensor:
+    """(T, C) -> (T, C), statistics over C; weight and bias (C,). With a residual (T, C), of x + residual. The result is
+    in the weight's dtype where x, a sum that a fast `linear` keeps in fp32, is wider."""
+    if residual is not None and not _norms_by_a_kernel(x, weight, bias, residual):
+        x, residual = residual + x, None
     if x.device.type == "cpu" and x.dtype == torch.float32 != weight.dtype:
         y = F.layer_norm(x, x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps)
         return y.to(weight.dtype)
-    if _fits_a_kernel(x) and backend("layer_norm", x) == "triton":
+    if _norms_by_a_kernel(x, weight, bias, residual):
         from . import gpu
 
-        # With a gradient torch's own, whose backward pass is hard to beat at these widths: bench/bench_layer_norm.py.
-        if not gpu.wants_gradient(x, weight, bias) and not torch.is_autocast_enabled():
-            return gpu.layer_norm(x, weight, bias, eps)
+        return gpu.layer_norm(x, weight, bias, eps, residual)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _norms_by_a_kernel(x: Tensor, *others: Tensor | None) -> bool:
+    if not _fits_a_kernel(x) or backend("layer_norm", x) != "triton":
+        return False
+    from . import gpu
+
+    # With a gradient torch's own, whose backward pass is hard to beat at these widths: bench/bench_layer_norm.py.
+    return not gpu.wants_gradient(x, *others) and not torch.is_autocast_enabled()
+
+
+def linear_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: tuple[Tensor, Tensor | None, float],
+) -> Tensor:
+    """layer_norm(linear(x) + residual), (T, K) -> (T, M): the end of a post-norm layer's halves. norm: the weight, bias
+    and eps of layer_norm. As with `linear`, residual may be written over."""
+    if _multiplies_packed(weight, x, bias, residual):
+        return layer_norm(linear(x, weight, bias, residual), *norm)
+    return layer_norm(linear(x, weight, bias), *norm, residual)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(T, C) -> (T, C): x over the root of its mean square (arXiv 1910.07467), in fp32, times weight (C,)."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(weight.dtype)
 
 
 def _fits_a_kernel(x: Tensor) -> bool:
@@ -194,57 +225,6 @@ def geglu(activated: Tensor, gate: Tensor, act: str) -> Tensor:
     return activation(act)(activated) * gate
 
 
-_making = threading.RLock()
-
-
-def _cached(size: int | None) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Keeps the tensors that a function made, out of inference mode: a cached tensor may meet autograd later. While
-    torch.compile traces it is called as it is."""
-
-    def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-        kept: Any = functools.lru_cache(maxsize=size)(torch.inference_mode(False)(function))
-
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-            if torch.compiler.is_compiling():
-                return function(*args, **kwargs)
-            with _making:  # two threads would make two, and drop the one that a graph may have captured
-                return kept(*args, **kwargs)
-
-        return call
-
-    return decorate
-
-
-@_cached(64)
-def _inverse_frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
-    """(D / 2,) fp32: theta^(-2j/D), stretched as `rope.type` says (yarn: arXiv 2309.00071, section 3.2)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    base = rope.theta**exponents
-    if rope.type == "default":
-        inverse = 1.0 / base
-    elif rope.type == "linear":
-        inverse = 1.0 / base / rope.factor
-    else:
-
-        def dimension(rotations: float) -> float:  # the pair that turns this often over the original length
-            turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
-            return head_dim * math.log(turns) / (2 * math.log(rope.theta))
-
-        low = max(math.floor(dimension(rope.beta_fast)), 0)
-        high = min(math.ceil(dimension(rope.beta_slow)), head_dim - 1)
-        span = high - low if high != low else 0.001
-        ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
-        inverse = ramp / (rope.factor * base) + (1 - ramp) / base
-    return inverse.to(device)
-
-
-def rope_table(rope: Rope, head_dim: int, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token's angles, (T, D / 2) each, always fp32 (bf16 tables lose whole positions)."""
-    angles = position_ids[:, None].float() * _inverse_frequencies(rope, head_dim, position_ids.device)
-    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
-
-
 Rotation = tuple[Tensor, Tensor, "Tensor | None"]
 
 
@@ -253,17 +233,8 @@ def rotation(rope: Rope, head_dim: int, batch: PackedBatch) -> Rotation:
     ids = batch.position_ids
     if _choose("rope", ids.device, torch.float32) != "triton" or torch.compiler.is_compiling():
         return *rope_table(rope, head_dim, ids), None
-    cos, sin = _position_table(rope, head_dim, ids.device, max(512, 1 << (batch.max_seqlen - 1).bit_length()))
+    cos, sin = position_table(rope, head_dim, ids.device, max(512, 1 << (batch.max_seqlen - 1).bit_length()))
     return cos, sin, ids
-
-
-@_cached(None)  # never let go: a captured graph may read it
-def _position_table(rope: Rope, head_dim: int, device: torch.device, positions: int) -> Tensor:
-    """(2, positions, D / 2): cos and sin of the positions from 0 on."""
-    table = torch.stack(rope_table(rope, head_dim, torch.arange(positions, device=device)))
-    if device.type == "cuda":  # kept for all streams, of which the others wouldn't wait for this one
-        torch.cuda.current_stream(device).synchronize()
-    return table
 
 
 def rotation_at(turn: Rotation, rows: Tensor) -> Rotation:
@@ -310,32 +281,38 @@ def attention(
     qkv; the result is in its dtype, and long attention on the CPU rounds as it does.
 
     Token i sees the tokens from i - left to i + right of its own sequence, inclusive; -1 is unlimited. A local
-    window costs O(T * window): blocks of queries meet only the keys that they can see.
+    window costs O(T * window): blocks of queries meet only the keys that they can see. With batch.key_seqlens only the
+    first so many tokens of a sequence are seen, by all of it; a token that sees none gets zeros.
     """
+    whole = batch.key_seqlens is None
     triton = backend("attention", qkv) == "triton"
     if triton or (qkv.is_cuda and _wanted() != "torch"):
         from . import gpu
 
-        if triton and gpu.can_attend(qkv) and not gpu.wants_gradient(qkv):
+        usable = triton and gpu.can_attend(qkv) and not gpu.wants_gradient(qkv)
+        if usable and (whole or not torch.compiler.is_compiling()):
             return gpu.attention(qkv, batch, window_size)
-        if batch.max_seqlen > 0 and gpu.has_varlen_attn(qkv):
+        if whole and batch.max_seqlen > 0 and gpu.has_varlen_attn(qkv):
             return gpu.varlen_attention(qkv, batch, window_size)
     left, right = window_size
     onednn = backend("attention", qkv) == "onednn"
     out = torch.empty_like(qkv[:, 0], dtype=qkv.dtype if weight is None else weight.dtype)
     if onednn and qkv.dtype != torch.float32 and not _sees_all(window_size, batch.max_seqlen):
         qkv = qkv.float()  # as fast as in 16 bits where blocks are small, and scores aren't rounded
-    for start, count, length in _runs(batch.seqlens, len(qkv)):
+    for start, count, length, keys in _runs(batch, len(qkv)):
         span = slice(start, start + count * length)
         q, k, v = (x.transpose(1, 2) for x in qkv[span].unflatten(0, (count, length)).unbind(2))  # (n, H, S, D)
+        k, v = k[:, :, :keys], v[:, :, :keys]
         to = out[span].unflatten(0, (count, length)).transpose(1, 2)
         if _sees_all(window_size, length):
             _global_attention(q, k, v, to, onednn, weight)
             continue
-        for i in range(0, length, LOCAL_BLOCK):
-            j = min(i + LOCAL_BLOCK, length)
+        seeing = length if left < 0 else min(length, keys + left)  # those after them are too far from any key
+        to[:, :, seeing:] = 0
+        for i in range(0, seeing, LOCAL_BLOCK):
+            j = min(i + LOCAL_BLOCK, seeing)
             low = 0 if left < 0 else max(0, i - left)
-            high = length if right < 0 else min(length, j + right)
+            high = keys if right < 0 else min(keys, j + right)
             mask = _window_mask(j - i, high - low, i - low, left, right, qkv.dtype, qkv.device)
             _block_attention(q[:, :, i:j], k[:, :, low:high], v[:, :, low:high], mask, to[:, :, i:j], onednn)
     return out
@@ -373,17 +350,28 @@ def row_attention(q: Tensor, kv: Tensor, batch: PackedBatch) -> Tensor:
     """
     if not torch.compiler.is_compiling() and 0 in batch.seqlens:  # a tracer would take the lengths for constants
         raise ValueError(f"sequence {batch.seqlens.index(0)} has no tokens: its query has nothing to see")
-    if backend("attention", q) == "triton":
+    if backend("attention", q) == "triton" and batch.key_seqlens is None:
         from . import gpu
 
         if gpu.can_attend(q) and not gpu.wants_gradient(q, kv):
             return gpu.row_attention(q, kv, batch)
     out, b = torch.empty_like(q), 0
-    for start, count, length in _runs(batch.seqlens, len(kv)):
-        k, v = (x.transpose(1, 2) for x in kv[start : start + count * length].unflatten(0, (count, length)).unbind(2))
+    for start, count, length, keys in _runs(batch, len(kv)):
+        k, v = kv[start : start + count * length].unflatten(0, (count, length))[:, :keys].transpose(1, 3).unbind(2)
         out[b : b + count] = F.scaled_dot_product_attention(q[b : b + count, :, None], k, v)[:, :, 0]
         b += count
     return out
+
+
+def logn_scale(batch: PackedBatch, base: int, clip: bool) -> Tensor:
+    """ln(length of a token's sequence) / ln(base), (T, 1, 1) fp32, with clip at least 1: attention as sharp over many
+    keys as over few (kexue.fm/archives/8823)."""
+    cu_seqlens = batch.cu_seqlens
+    tokens = torch.arange(len(batch.input_ids), dtype=torch.int32, device=cu_seqlens.device)
+    # A batch of CUDA graphs has tokens that belong to no sequence: they take the last one's.
+    owner = torch.bucketize(tokens, cu_seqlens[1:-1], right=True)
+    scale = cu_seqlens.diff().float().log()[owner] / math.log(base)
+    return (scale.clamp(min=1.0) if clip else scale)[:, None, None]
 
 
 def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor:
@@ -396,19 +384,20 @@ def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor:
     return total / batch.cu_seqlens.diff().float().clamp(min=1)[:, None]
 
 
-def _runs(seqlens: tuple[int, ...], T: int) -> Iterator[tuple[int, int, int]]:
-    """Neighbours of equal length, to share a call: [5, 5, 2] -> (start 0, count 2, length 5), (10, 1, 2)."""
+def _runs(batch: PackedBatch, T: int) -> Iterator[tuple[int, int, int, int]]:
+    """Neighbours of equal length, and keys, to share a call: [5, 5, 2] -> (start 0, count 2, length 5, keys 5), .."""
+    seqlens = batch.seqlens
     if sum(seqlens) != T:
         raise ValueError(f"the batch's seqlens add up to {sum(seqlens)}; the tensor has {T} tokens")
     start = 0
-    for length, group in groupby(seqlens):
+    for (length, keys), group in groupby(zip(seqlens, batch.key_seqlens or seqlens, strict=True)):
         count = sum(1 for _ in group)
         if length:
-            yield start, count, length
+            yield start, count, length, keys
         start += count * length
 
 
-@_cached(256)
+@cached(256)
 def _window_mask(
     queries: int, keys: int, offset: int, left: int, right: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, PackedBatch, pack, plan_batches
-from .config import ModernBertConfig, read_config
+from .config import Config, GteConfig, read_config
 from .graphs import MAX_TOKENS, Graphed
 from .st_config import SentenceConfig, length_limit, read_sentence_config
 from .threads import bound_tokenizer, set_threads
@@ -41,7 +41,7 @@ class Checkpoint:
 
     folder: Path  # of the network's files
     root: Path  # of modules.json: the same, except in old repositories that have 0_Transformer/
-    config: ModernBertConfig
+    config: Config
     sentence: SentenceConfig
 
     @classmethod
@@ -129,6 +129,7 @@ class Pipeline:
         self.max_seq_length = longest if max_seq_length is None else max_seq_length
         self.on_long = on_long
         self.tokenizer = Tokenizer(checkpoint.folder, self.max_seq_length, checkpoint.sentence.lower_case)
+        self.typed = self.tokenizer.has_types and isinstance(config, GteConfig) and config.type_vocab_size > 1
         self.model = load_weights(network, config, checkpoint.folder, device=device, dtype=dtype)
         on_cpu = self.device.type == "cpu"
         self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
@@ -187,33 +188,34 @@ class Pipeline:
         """(texts' places in the window, their results, how many more were cut), long texts first. `first`: the number
         of the window's first text."""
 
-        def encode(piece: list[int]) -> tuple[list[list[int]], int]:
+        def encode(piece: list[int]) -> tuple[list[tuple[list[int], list[int]]], int]:
             try:
-                ids, cut = self.tokenizer.encode([window[i] for i in piece])
+                ids, types, cut = self.tokenizer.encode_typed([window[i] for i in piece])
             except ValueError:
                 self._refuse(window, first)
                 raise
             if cut and self.on_long == "error":
                 self._refuse(window, first)
-            return ids, cut
+            return list(zip(ids, types, strict=True)), cut
 
         pieces = _pieces(window)
-        ids: dict[int, list[int]] = {}
+        waiting: dict[int, tuple[list[int], list[int]]] = {}
         cut = 0
         with closing(_one_ahead(encode, pieces)) as encoded:
             for piece, (sequences, more) in zip(pieces, encoded, strict=True):
-                ids.update(zip(piece, sequences, strict=True))
+                waiting.update(zip(piece, sequences, strict=True))
                 cut += more
-                places = list(ids)
+                places = list(waiting)
                 groups = [
                     [places[i] for i in group]
-                    for group in plan_batches([len(sequence) for sequence in ids.values()], self.batch_tokens)
+                    for group in plan_batches([len(ids) for ids, _ in waiting.values()], self.batch_tokens)
                 ]
                 if piece is not pieces[-1]:
                     groups.pop()  # it may have room for some of the next piece
                 for group in groups:
+                    ids, types = zip(*(waiting.pop(i) for i in group), strict=True)
                     with torch.inference_mode():
-                        rows = forward(pack([ids.pop(i) for i in group], self.device))
+                        rows = forward(pack(ids, self.device, types if self.typed else None))
                     yield group, rows, cut
                     cut = 0
 

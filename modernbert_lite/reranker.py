@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .batch import PackedBatch
-from .config import CheckpointError, OptionError
-from .heads import SequenceClassifier
+from .heads import network_class, use
 from .pipeline import Checkpoint, Pipeline, check_text, length
+from .reading import CheckpointError, OptionError
 from .st_config import score_activation
 
 Pair = tuple[str, str]
@@ -24,10 +24,10 @@ class Reranker(Pipeline):
     def __init__(self, checkpoint: Checkpoint, **options: Any):
         self.check(checkpoint)
         architecture = checkpoint.config.architecture
-        if "ForSequenceClassification" not in architecture:
-            right = {"ModernBertModel": "Embedder", "ModernBertForMaskedLM": "FillMask"}.get(architecture, "load_model")
+        if use(architecture) != "Reranker":
+            right = use(architecture)
             raise CheckpointError(f"{checkpoint.root} holds a {architecture}, no reranker: use {right} for it")
-        super().__init__(checkpoint, SequenceClassifier, **options)
+        super().__init__(checkpoint, network_class(architecture), **options)
         self.network = self.graphed(self.model)
         self.labels = self.config.labels
         named = checkpoint.sentence.activation_fn or self.config.activation_fn

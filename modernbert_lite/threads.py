@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .config import OptionError
+from .reading import OptionError
 
 VARIABLE = "MODERNBERT_LITE_THREADS"
 _TOKENIZER = "RAYON_NUM_THREADS"  # read when the tokenizers library first tokenizes a batch

@@ -10,12 +10,23 @@ from pathlib import Path
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.normalizers import Lowercase, Sequence
 
-from .config import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown
+from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown
 
 Text = str | tuple[str, str]
 
+# Special tokens that carry no sparse weight: keys of tokenizer_config.json, and names where it lacks one. The template
+# names those of a text's ends.
+_UNWEIGHTED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("bos_token", "cls_token", "eos_token", "sep_token"), ()),
+    "pad_token": ("[PAD]", "<pad>"),
+    "unk_token": ("[UNK]", "<unk>"),
+}
+
 # A text of more characters than this many a token is first tried by its beginning only.
 _CLIP_CHARACTERS = 64
+# Tokens that the beginning must have beyond max_length. What follows a word's end may change its last few tokens, where
+# a token reaches over white space: Qwen's "!\n", ColBERT's "[Q] ".
+_CLIP_SPARE = 32
 
 
 class Tokenizer:
@@ -45,17 +56,35 @@ class Tokenizer:
             self._rust.no_padding()
             self._rust.no_truncation()
             self._single, self._pair = self._template(is_pair=False), self._template(is_pair=True)
+        asked = settings.get("model_input_names")  # transformers gives a network no types if this leaves them out
+        self.has_types = any(kind for _, kind in self._pair) and (
+            not isinstance(asked, list) or "token_type_ids" in asked
+        )
         special = len(self._pair) - 2
         if max_length <= special:
             raise OptionError(
                 f"max_seq_length is {max_length}; it must be over {special}, the special tokens of a pair"
             )
         self.max_length = max_length
-        self.mask_token, self.mask_token_id = self._find_mask(folder, settings)
+        beside = folder / "special_tokens_map.json"
+        sources = (settings, read_json(beside) if beside.is_file() else {})
+        self.mask_token, self.mask_token_id = self._find("mask_token", ("[MASK]", "<mask>"), sources)
+        unweighted = {self._find(key, names, sources)[1] for key, names in _UNWEIGHTED.items()}
+        unweighted.update(item for item, _ in self._single + self._pair)
+        self.unweighted = frozenset(i for i in unweighted if i is not None and i >= 0)
 
     def encode(self, texts: SequenceOf[Text], first: int = 0) -> tuple[list[list[int]], int]:
-        """Ids of each text or pair, and how many were cut to max_length. `first` is the number of the first text, for
-        error messages. Raises ValueError for text that isn't valid Unicode (lone surrogates), naming it."""
+        """encode_typed() without the types."""
+        ids, _, cut = self.encode_typed(texts, first)
+        return ids, cut
+
+    def encode_typed(self, texts: SequenceOf[Text], first: int = 0) -> tuple[list[list[int]], list[list[int]], int]:
+        """Ids of each text or pair, their token types, and how many were cut to max_length. `first` is the number of
+        the first text, for error messages. Raises ValueError for text that isn't valid Unicode (lone surrogates),
+        naming it.
+
+        [CLS] A [SEP] B [SEP] with BERT's types -> 0, 0..., 0, 1..., 1
+        """
         try:
             # Pairs are not clipped: how the two share the room depends on which is longer.
             sides = [s for text in texts for s in ([self._clip(text)] if isinstance(text, str) else text)]
@@ -66,7 +95,7 @@ class Tokenizer:
                 for side in _sides(text):
                     check_unicode(side, f"text {i}")
             raise
-        ids, cut = [], 0
+        ids, types, cut = [], [], 0
         for text in texts:
             parts = [next(encodings).ids for _ in _sides(text)]
             template = self._single if len(parts) == 1 else self._pair
@@ -74,35 +103,40 @@ class Tokenizer:
             if sum(map(len, parts)) > room:
                 parts, cut = self._cut(parts, room), cut + 1
             whole: list[int] = []
-            for item in template:
+            whole_types: list[int] = []
+            for item, kind in template:
                 whole += (item,) if item >= 0 else parts[~item]
+                whole_types += [kind] * (len(whole) - len(whole_types))
             ids.append(whole)
-        return ids, cut
+            types.append(whole_types)
+        return ids, types, cut
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens that a prompt takes at the start of a text, the template's first ones included."""
         check_unicode(prompt, "the prompt")
         with _no_panic("the prompt can't be tokenized"):
-            return self._single.index(~0) + len(self._rust.encode(prompt, add_special_tokens=False).ids)
+            before = [item for item, _ in self._single].index(~0)
+            return before + len(self._rust.encode(prompt, add_special_tokens=False).ids)
 
     def decode(self, token_id: int) -> str:
-        """One token as text, with its leading space if it has one."""
+        """One token as text, as transformers' decode([token_id]): a leading space stays in byte-level vocabularies, and
+        is dropped in SentencePiece's Unigram ones."""
         with _no_panic(f"token {token_id} can't be decoded"):
             return str(self._rust.decode([token_id], skip_special_tokens=False))
 
-    def _template(self, is_pair: bool) -> list[int]:
+    def _template(self, is_pair: bool) -> list[tuple[int, int]]:
         """Special tokens and places of texts, read off the file's own template: ~0 is the first text, ~1 the second.
+        Each with its token type.
 
-        [CLS] A [SEP] B [SEP] -> [50281, -1, 50282, -2, 50282]
+        [CLS] A [SEP] B [SEP] -> [(50281, 0), (-1, 0), (50282, 0), (-2, 1), (50282, 1)]
         """
         encoding = self._rust.encode("a", "a" if is_pair else None)
-        template: list[int] = []
-        for token, text in zip(encoding.ids, encoding.sequence_ids, strict=True):
-            if text is None:
-                template.append(token)
-            elif template[-1:] != [~text]:
-                template.append(~text)
-        if sorted(item for item in template if item < 0) != [~1, ~0][1 - is_pair :]:
+        template: list[tuple[int, int]] = []
+        for token, text, kind in zip(encoding.ids, encoding.sequence_ids, encoding.type_ids, strict=True):
+            item = (token if text is None else ~text, kind)
+            if text is None or template[-1:] != [item]:
+                template.append(item)
+        if sorted(item for item, _ in template if item < 0) != [~1, ~0][1 - is_pair :]:
             raise ValueError(f"its template gives {encoding.tokens} for {'two texts' if is_pair else 'a text'} 'a'")
         return template
 
@@ -124,7 +158,8 @@ class Tokenizer:
 
     def _clip(self, text: str) -> str:
         """The beginning of a very long text, if it alone has max_length tokens: what is cut off anyway need not be
-        tokenized (10 MB take ten seconds). It ends at the end of a word, before which no later text changes a token.
+        tokenized (10 MB take ten seconds). It ends at the end of a word: what comes later changes a few of its last
+        tokens at most. (Inside a word it may change all: Unigram's pieces of "aaaa..." depend on how many there are.)
         """
         size = self.max_length * _CLIP_CHARACTERS
         while self._keeps_beginning and len(text) > 2 * size:
@@ -132,21 +167,19 @@ class Tokenizer:
             with _no_panic("this text can't be tokenized"):
                 if (
                     len(beginning) > size // 2
-                    and len(self._rust.encode(beginning, add_special_tokens=False)) >= self.max_length
+                    and len(self._rust.encode(beginning, add_special_tokens=False)) >= self.max_length + _CLIP_SPARE
                 ):
                     return beginning
             size *= 4
         return text
 
-    def _find_mask(self, folder: Path, settings: dict[str, object]) -> tuple[str | None, int | None]:
-        special = folder / "special_tokens_map.json"
-        for source in (settings, read_json(special) if special.is_file() else {}):
-            token = source.get("mask_token")
-            token = token.get("content") if isinstance(token, dict) else token
+    def _find(
+        self, key: str, names: tuple[str, ...], sources: SequenceOf[dict[str, object]]
+    ) -> tuple[str | None, int | None]:
+        """The token that the files beside tokenizer.json have under this key, else the first of `names` there is."""
+        found = [source.get(key) for source in sources]
+        for token in (*(f.get("content") if isinstance(f, dict) else f for f in found), *names):
             if isinstance(token, str) and self._rust.token_to_id(token) is not None:
-                return token, self._rust.token_to_id(token)
-        for token in ("[MASK]", "<mask>"):
-            if self._rust.token_to_id(token) is not None:
                 return token, self._rust.token_to_id(token)
         return None, None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,11 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .config import CheckpointError, ModernBertConfig, OptionError, inside, read_config, read_json
+from .config import Config, read_config
 from .heads import MaskedLM, network_class
 from .linear import Linear
-from .model import ModernBert
+from .names import Source, match
 from .ops import backend, pack_weight
+from .reading import CheckpointError, OptionError, inside, read_json
 from .threads import set_threads
 
 BUNDLED = "tiny"
@@ -38,8 +39,7 @@ _NEEDED_PATTERNS = [
     "[0-9]*_*/model.safetensors",
 ]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_BASE_PARTS = ("embeddings", "layers", "final_norm")
-_HEAD_PARTS = ("head", "decoder", "classifier")
+_TABLES = ("tok_embeddings.weight", "word_embeddings.weight")
 _MAX_HEADER_BYTES = 16 << 20
 
 
@@ -240,7 +240,7 @@ def open_safetensors(path: Path) -> Any:
 
 def load_weights(
     network: type[nn.Module],
-    config: ModernBertConfig,
+    config: Config,
     folder: Path,
     *,
     device: str | torch.device | None = None,
@@ -256,9 +256,9 @@ def load_weights(
     with torch.device("meta"):
         model = network(config).requires_grad_(False)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found, problems = _match(weight_files(folder), expected, model)
-    tied = isinstance(model, MaskedLM) and config.tie_word_embeddings
-    missing = [name for name in expected if name not in found and not (tied and name == "decoder.weight")]
+    found, problems = match({path: _shapes(path) for path in weight_files(folder)}, expected, model)
+    tied = model.TIED if isinstance(model, MaskedLM) and config.tie_word_embeddings else None
+    missing = [name for name in expected if name not in found and not (tied and name == tied[0])]
     problems = [f"missing {name}" for name in missing] + problems
     if problems:
         more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
@@ -274,51 +274,27 @@ def load_weights(
         max(math.prod(expected[name]) for name in linears) if packs or int8 else 0, dtype=dtype, device="cpu"
     )
     state = {}
-    for name, (path, key) in found.items():
-        small = int8 and "layers." in name
-        if name.endswith("tok_embeddings.weight") and device.type == "cpu" and packed and not tied:
-            state[name] = _read_table(path, key, dtype, int8)
+    for name, sources in found.items():
+        small = int8 and ".layer" in f".{name}"  # of the encoder's layers; a head's are few
+        if name.endswith(_TABLES) and device.type == "cpu" and packed and not tied:
+            state[name] = _read_table(*sources[0], dtype, int8)
         elif name in linears and (packs or small):
-            weight = _read(path, key, device, dtype, buffer)
+            weight = _read(sources, device, dtype, buffer)
             state[name] = pack_weight(weight, linears[name], "int8" if small else None)
         else:
-            state[name] = _read(path, key, device, dtype)
+            state[name] = _read(sources, device, dtype)
     if tied:
-        embedding = state["model.embeddings.tok_embeddings.weight"]
-        if not torch.equal(state.setdefault("decoder.weight", embedding), embedding):
+        decoder, table = tied
+        if not torch.equal(state.setdefault(decoder, state[table]), state[table]):
             raise CheckpointError(
-                f"{folder}: decoder.weight differs from the embeddings, and tie_word_embeddings is true in config.json"
+                f"{folder}: {decoder} differs from {table.removeprefix('model.')}, and tie_word_embeddings is true in "
+                "config.json: make them equal, or the key false"
             )
-        state["decoder.weight"] = embedding
+        state[decoder] = state[table]
     model.load_state_dict(state, strict=True, assign=True)
-    if isinstance(model, MaskedLM) and tied:
-        model.decoder.weight = model.model.embeddings.tok_embeddings.weight
+    if tied:
+        model.get_submodule(tied[0].rpartition(".")[0]).weight = model.get_parameter(tied[1])
     return model.eval()
-
-
-def _match(
-    files: Iterable[Path], expected: dict[str, tuple[int, ...]], model: nn.Module
-) -> tuple[dict[str, tuple[Path, str]], list[str]]:
-    """name in the network -> (file, key in it), and what is wrong. The encoder's keys may have the prefix `model.` or
-    not, whatever the class: an encoder opens a head's file too, and leaves the head out."""
-    prefix = "" if isinstance(model, ModernBert) else "model."
-    found: dict[str, tuple[Path, str]] = {}
-    problems = []
-    for path in files:
-        for key, shape in _shapes(path).items():
-            bare = key.removeprefix("model.")
-            part = bare.partition(".")[0]
-            name = prefix + bare if part in _BASE_PARTS else key
-            if isinstance(model, ModernBert) and part in _HEAD_PARTS:
-                continue
-            if name not in expected:
-                problems.append(f"unexpected {key}")
-            elif name in found:
-                problems.append(f"{found[name][1]} and {key} are the same tensor")
-            elif shape != expected[name]:
-                problems.append(f"{key} has the shape {shape}, the config asks for {expected[name]}")
-            found.setdefault(name, (path, key))
-    return found, problems
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -332,11 +308,15 @@ def load_dense(folder: Path, expected: dict[str, tuple[Any, ...]], device: torch
     found = {key: shape for keys in shapes.values() for key, shape in keys.items()}
     if found != expected:
         raise CheckpointError(f"{folder}: its config.json asks for {expected}, the file has {found}")
-    return {key: _read(path, key, device, torch.float32) for path, keys in shapes.items() for key in keys}
+    return {key: _read([(path, key)], device, torch.float32) for path, keys in shapes.items() for key in keys}
 
 
-def _read(path: Path, key: str, device: torch.device, dtype: torch.dtype, buffer: Tensor | None = None) -> Tensor:
-    """A checked tensor, memory-mapped if it needs no conversion; otherwise in `buffer`, if that is given."""
+def _read(sources: Sequence[Source], device: torch.device, dtype: torch.dtype, buffer: Tensor | None = None) -> Tensor:
+    """A checked tensor, memory-mapped if it needs no conversion; otherwise in `buffer`, if that is given. Pieces are
+    put one above the other."""
+    if len(sources) > 1:
+        return torch.cat([_read([source], device, dtype) for source in sources])
+    path, key = sources[0]
     tensor = _open_tensor(path, key)
     if buffer is None or tensor.dtype == dtype:
         converted = tensor.to(device=device, dtype=dtype)

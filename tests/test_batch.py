@@ -189,7 +189,7 @@ def test_from_padded_refuses_a_hole(row):
 
 @pytest.mark.parametrize(("ids", "mask"), [((2, 3), (2, 4)), ((2, 3), (3, 2)), ((6,), (6,)), ((1, 2, 3), (1, 2, 3))])
 def test_from_padded_refuses_other_shapes(ids, mask):
-    with pytest.raises(ValueError, match=r"both must be \(B, S\)"):
+    with pytest.raises(ValueError, match=r"all must be \(B, S\)"):
         ml.from_padded(torch.ones(ids, dtype=torch.int64), torch.ones(mask, dtype=torch.int64))
 
 

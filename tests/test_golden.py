@@ -21,8 +21,8 @@ import transformers
 
 import modernbert_lite as ml
 from modernbert_lite import pooling
-from modernbert_lite.config import CheckpointError
 from modernbert_lite.heads import MaskedLM
+from modernbert_lite.reading import CheckpointError
 from modernbert_lite.tokenizer import Tokenizer
 from modernbert_lite.weights import find_checkpoint
 

@@ -37,14 +37,14 @@ def count(monkeypatch):
 
 def watch(monkeypatch, model, before=lambda texts: None):
     """Calls `before` with the texts of every call of the tokenizer; gives the threads that called it."""
-    encode, callers = model.tokenizer.encode, []
+    encode, callers = model.tokenizer.encode_typed, []
 
     def watched(texts, *rest):
         callers.append(threading.current_thread())
         before(texts)
         return encode(texts, *rest)
 
-    monkeypatch.setattr(model.tokenizer, "encode", watched)
+    monkeypatch.setattr(model.tokenizer, "encode_typed", watched)
     return callers
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modernbert_lite import Embedder, threads
-from modernbert_lite.config import OptionError
+from modernbert_lite.reading import OptionError
 from modernbert_lite.threads import available, set_threads
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's affinity and /proc")

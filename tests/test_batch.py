@@ -45,6 +45,44 @@ def test_unpack_undoes_pack(seed):
     assert batch.max_id == max((max(s) for s in sequences if s), default=-1)
 
 
+def test_token_types_are_packed_beside_the_ids():
+    batch = ml.pack([[5, 6, 7], [], [8]], token_type_ids=[[0, 1, 1], [], torch.tensor([1])])
+    assert batch.token_type_ids.tolist() == [0, 1, 1, 1]
+    assert (batch.token_type_ids.dtype, batch.max_type) == (torch.int64, 1)
+    assert batch.to("cpu").token_type_ids.tolist() == [0, 1, 1, 1]
+    plain = ml.pack([[5, 6, 7]])
+    assert (plain.token_type_ids, plain.max_type) == (None, 0)
+    assert plain.to("cpu").token_type_ids is None
+    assert ml.pack([], token_type_ids=[]).max_type == 0
+
+
+@pytest.mark.parametrize("types", [[[0, 1]], [[0, 1], [0, 0]], [[0, 1, 1], [0], [0]]])
+def test_token_types_must_be_one_a_token(types):
+    with pytest.raises(ValueError, match=r"token_type_ids have the lengths .*, the sequences \(3, 1\)"):
+        ml.pack([[5, 6, 7], [8]], token_type_ids=types)
+
+
+def test_a_bad_token_type_is_named_with_its_sequence():
+    with pytest.raises(ValueError, match="token_type_ids of sequence 1 holds the token type -1; types start at 0"):
+        ml.pack([[5], [6, 7]], token_type_ids=[[0], [0, -1]])
+    with pytest.raises(ValueError, match=r"token_type_ids of sequence 0 has shape .* torch\.float32"):
+        ml.pack([[5]], token_type_ids=[[0.5]])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_from_padded_keeps_the_token_types_of_real_tokens(side):
+    ids, types = torch.tensor([[1, 2, 3], [4, 5, 9]]), torch.tensor([[0, 1, 1], [1, 0, 7]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    if side == "left":
+        ids, types, mask = ids.flip(1), types.flip(1), mask.flip(1)
+    batch = ml.from_padded(ids, mask, types)
+    assert batch.input_ids.tolist() == ([1, 2, 3, 4, 5] if side == "right" else [3, 2, 1, 5, 4])
+    assert batch.token_type_ids.tolist() == ([0, 1, 1, 1, 0] if side == "right" else [1, 1, 0, 0, 1])
+    assert batch.max_type == 1
+    with pytest.raises(ValueError, match=r"token_type_ids \(2, 2\); all must be \(B, S\)"):
+        ml.from_padded(ids, mask, types[:, :2])
+
+
 def test_unpack_gives_views_with_the_trailing_dimensions():
     batch = ml.pack([[1, 2, 3], [], [4]])
     x = torch.arange(4 * 6).view(4, 2, 3)

@@ -103,8 +103,10 @@ def test_gated_products_equal_plain_ones(forced, act, bias, dtype):
         x = randn(tokens, 24, seed=tokens).to(dtype)
         y = F.linear(x, weight, b)
         z = x.double() @ weight.double().t() + (0 if b is None else b.double())
-        plain, truth = (ops.activation(act)(v.chunk(2, -1)[0]) * v.chunk(2, -1)[1] for v in (y, z))
-        assert within_twice(ops.gated_linear(x, packed, b, act), plain, truth)
+        for swapped in (False, True):
+            halves = (v.chunk(2, -1)[:: -1 if swapped else 1] for v in (y, z))
+            plain, truth = (ops.activation(act)(activated) * gate for activated, gate in halves)
+            assert within_twice(ops.gated_linear(x, packed, b, act, swapped), plain, truth)
         assert within_twice(ops.linear(x, packed, b), y, z)  # the two halves as one
 
 

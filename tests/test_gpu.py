@@ -1,16 +1,20 @@
 """What ops takes where Triton runs, and the whole model on it: in the interpreter anywhere, and on a GPU (marker gpu)
 against transformers."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import modernbert_lite as ml
 from modernbert_lite import gpu, ops, pooling
+from modernbert_lite.gte import Gte
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -103,6 +107,70 @@ def test_every_layer_takes_the_kernels(make_checkpoint, launches):
     model(batch, pooling.rows(batch, ["cls"]))
     last = ["layer_norm", "rope_", "rope_", "row_attention", "layer_norm", "geglu"]
     assert launches == ["layer_norm", *layer[1:], *layer, *layer, *last, "layer_norm"]
+
+
+def small_gte(folder, **config) -> ml.GteConfig:
+    """A GTE checkpoint of random weights, in Alibaba's names."""
+    sizes = {"vocab_size": 50_368, "hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 144}
+    config = {"num_hidden_layers": 2, **sizes, **config}
+    raw = {"model_type": "new", "architectures": ["NewModel"], "rope_theta": 20_000, **config}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**raw, "rope_scaling": {"type": "ntk", "factor": 8.0}}))
+    network = Gte(ml.read_config(folder))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        norm = name.endswith(("ln.weight", "Norm.weight"))
+        mean, std = (1.0, 0.2) if norm else (0.0, 0.5 * parameter.shape[-1] ** -0.5)
+        parameter.data.normal_(mean, std, generator=generator)
+    save_file({name: p.data for name, p in network.named_parameters()}, folder / "model.safetensors")
+    return network.config
+
+
+def test_every_gte_layer_takes_the_kernels(tmp_path, launches):
+    small_gte(tmp_path / "gte")
+    model = ml.load_model(tmp_path / "gte", device=DEVICE, dtype="float32")
+    batch = texts_batch(5, 70)
+    model(batch)
+    assert launches == ["layer_norm", *["rope_", "attention", "layer_norm", "geglu", "layer_norm"] * 2]
+    launches.clear()
+    model(batch, pooling.rows(batch, ["cls"]))
+    assert launches[6:] == ["rope_", "rope_", "row_attention", "layer_norm", "geglu", "layer_norm"]
+
+
+def test_gte_on_the_kernels_gives_what_the_reference_gives(tmp_path, monkeypatch):
+    small_gte(tmp_path / "gte", type_vocab_size=2)
+    model = ml.load_model(tmp_path / "gte", device=DEVICE, dtype="float32", packed=False)
+    batch = texts_batch(5, 70, 1, 130)
+    batch = replace(batch, token_type_ids=batch.position_ids.ge(3).long(), max_type=1)
+    results = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("MODERNBERT_LITE_BACKEND", backend)
+        with torch.inference_mode():
+            results[backend] = model(batch), model(batch, pooling.rows(batch, ["cls"]))
+    for got, expected in zip(results["triton"], results["torch"], strict=True):
+        assert (got - expected).abs().max() <= 2e-5 * max(1, expected.abs().max())
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_gte_base_shape_on_a_gpu_by_the_2x_rule(tmp_path, monkeypatch, dtype):
+    """Against its own reference in fp32; plain torch in the dtype is what its error may be twice of."""
+    half(dtype)
+    sizes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
+    small_gte(tmp_path / "gte", type_vocab_size=2, **sizes)
+    exact, model = (ml.load_model(tmp_path / "gte", device=DEVICE, dtype=d) for d in ("float32", dtype))
+    for lengths in ((512,) * 8, (8192,), (1, 2, 63, 64, 65, 129, 700, 20, 333)):
+        batch = texts_batch(*lengths)
+        with torch.inference_mode():
+            monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "torch")
+            truth, plain = exact(batch), model(batch).float()
+            monkeypatch.delenv("MODERNBERT_LITE_BACKEND")
+            got = model(batch).float()
+        error, allowed = (got - truth).abs().max(), (plain - truth).abs().max()
+        assert error <= (1e-4 * truth.abs().max() if dtype == "float32" else 2 * allowed + 1e-6), lengths
+        cosine = torch.cosine_similarity(pooling.mean(got, batch), pooling.mean(truth, batch))
+        assert cosine.min() >= 0.999, lengths
 
 
 def test_an_activation_without_a_kernel_takes_the_reference(launches):

@@ -7,12 +7,14 @@ import os
 import pickle
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 import modernbert_lite as ml
 from modernbert_lite import graphs, ops, pooling
+from modernbert_lite.gte import Gte
 from modernbert_lite.model import ModernBert
 
 pytest.importorskip("triton")
@@ -135,6 +137,38 @@ def test_a_row_a_sequence(captures):
             expected = model(batch)[pooling.rows(batch, [mode])]
             assert difference(graphed(batch, mode), expected) <= 1e-5
     assert len(captures) == 2  # one for each argument
+
+
+def small_gte(**config) -> Gte:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 1}
+    model = Gte(ml.GteConfig(num_hidden_layers=2, **sizes, **config))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.to(DEVICE).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("config", [{"type_vocab_size": 2}, {"type_vocab_size": 0}, {"logn_attention_scale": True}])
+def test_a_gte_replay_equals_the_eager_result_with_token_types_and_without(captures, config):
+    model = small_gte(**config)
+    graphed = graphs.Graphed(model, lambda batch, mode: model(batch, pooling.rows(batch, [mode])))
+    for seed in range(3):
+        batch = batch_of(7, 70, 3, seed=seed)
+        types = batch.input_ids.remainder(2) if config.get("type_vocab_size") == 2 else None
+        typed = replace(batch, token_type_ids=types, max_type=1)
+        for given in (batch, typed):
+            assert difference(graphed(given, "cls"), model(given)[pooling.rows(given, ["cls"])]) <= 1e-5
+    assert len(captures) == (2 if config.get("type_vocab_size") else 1)
+
+
+def test_hidden_keys_are_no_matter_of_graphs(captures):
+    model = small_model(2)
+    graphed = graphs.Graphed(model)
+    batch = replace(batch_of(30, 20), key_seqlens=(10, 20))
+    for _ in range(3):
+        assert difference(graphed(batch), model(batch)) <= 1e-5
+    assert captures == []
+    assert difference(model(batch), model(batch_of(30, 20))) > 1e-2
 
 
 def test_the_added_sequences_have_a_first_token_where_the_tokens_fill_their_bucket(captures):

@@ -87,6 +87,33 @@ def test_the_sum_is_given_and_is_what_is_normalised(T, C, bias, dtype):
     assert torch.equal(residual, kept[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("C", [1, 31, 768, 1792])
+@pytest.mark.parametrize("T", [0, 1, 5, 65])
+def test_a_residual_is_added_before_it_is_normalised(T, C, bias, dtype):
+    x, residual, (w, b) = rand(T, C, dtype=dtype), rand(T, C, dtype=dtype, seed=3), parameters(C, bias, dtype)
+    kept = x.clone(), residual.clone()
+    got = kernel.layer_norm(x, w, b, EPS, residual)
+    assert_as_good(got, plain(x + residual, w, b), exact(x.double() + residual.double(), w, b))
+    assert torch.equal(x, kept[0])
+    assert torch.equal(residual, kept[1])
+
+
+def test_a_sum_that_is_not_kept_is_rounded_nowhere():
+    """2048 + 1 is 2048 in fp16; in fp32 it has a deviation."""
+    x = torch.full((1, 96), 2048.0, device=DEVICE, dtype=torch.float16)
+    residual = torch.arange(96, device=DEVICE).remainder(2).to(torch.float16)[None]
+    y = kernel.layer_norm(x, torch.ones(96, device=DEVICE, dtype=torch.float16), residual=residual)
+    assert torch.allclose(y.float(), residual.float() * 2 - 1, atol=1e-2)
+
+
+def test_the_residual_must_be_like_x():
+    x, w = rand(3, 8), torch.ones(8, device=DEVICE)
+    with pytest.raises(ValueError, match="residual"):
+        kernel.layer_norm(x, w, residual=rand(2, 8))
+
+
 def test_the_sum_is_rounded_before_it_is_normalised():
     """2048 + 1 is 2048 in fp16: what is stored has no deviation, though the sum in fp32 had."""
     x = torch.full((1, 96), 2048.0, device=DEVICE, dtype=torch.float16)

@@ -1,6 +1,7 @@
 """Each operation against its formula, in fp64 where rounding counts, on every backend that this machine has."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ def on(monkeypatch):
     """on("onednn"): sets the backend; skips where the machine doesn't have it."""
 
     def choose(name: str) -> None:
+        if name == "triton":
+            pytest.importorskip("triton")
         if name == "onednn" and not cpu.works(torch.float32):
             pytest.skip("this torch has no oneDNN linear")
         monkeypatch.setenv("MODERNBERT_LITE_BACKEND", name)
@@ -122,6 +125,38 @@ def test_attention_equals_a_naive_softmax(on, name, window, seqlens):
     out = ops.attention(qkv, packed(seqlens), window)
     assert out.shape == (sum(seqlens), 2, 16)
     assert (out - naive_attention(qkv, seqlens, window)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", [*FAST, "triton"])
+@pytest.mark.parametrize("window", [(64, 64), (-1, -1), (3, -1)], ids=str)
+@pytest.mark.parametrize("keys", [(1, 40, 130, 0, 5), (3, 66, 131, 0, 5), (2, 66, 64, 0, 1)], ids=str)
+def test_hidden_keys_are_seen_by_nobody_and_see_the_rest(on, name, window, keys):
+    """Each hidden token is as a query of its own that asks the sequence's visible part."""
+    on(name)
+    seqlens = [3, 66, 131, 0, 5]
+    qkv = randn(sum(seqlens), 3, 2, 16, seed=1) * 2
+    batch = replace(packed(seqlens), key_seqlens=keys)
+    out = ops.attention(qkv, batch, window)
+    naive = torch.cat(
+        [visible_attention(part, n, window) for part, n in zip(qkv.double().split(seqlens), keys, strict=True)]
+    )
+    assert (out - naive).abs().max() <= 1e-5
+    rows = torch.tensor([2, 68, 199, 204])
+    one = replace(packed([3, 66, 131, 5]), key_seqlens=tuple(n for n in keys if n))
+    got = ops.row_attention(qkv[rows, 0].contiguous(), qkv[:, 1:].contiguous(), one)
+    if window == (-1, -1):
+        assert (got - naive[rows]).abs().max() <= 1e-5
+
+
+def visible_attention(qkv: torch.Tensor, keys: int, window: tuple[int, int]) -> torch.Tensor:
+    """All tokens of a sequence over its first `keys`, zeros for one that sees none."""
+    distance = torch.arange(keys) - torch.arange(len(qkv))[:, None]
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    seen &= (distance >= -window[0]) if window[0] >= 0 else True
+    seen &= (distance <= window[1]) if window[1] >= 0 else True
+    q, k, v = qkv[:, 0], qkv[:keys, 1], qkv[:keys, 2]
+    scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[-1])
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(), v)
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -292,14 +327,16 @@ def test_linear_equals_fp64(on, name, T, bias, residual):
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("act", ["gelu", "silu", "relu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("N", [1, 63, 144])
-def test_gated_linear_activates_the_first_half(on, name, act, bias, N):
+def test_gated_linear_activates_the_first_half_or_swapped_the_second(on, name, act, bias, swapped, N):
     on(name)
     x, weight = randn(13, 24), randn(2 * N, 24, seed=1)
     b = randn(2 * N, seed=2) if bias else None
     with torch.inference_mode():
-        got = ops.gated_linear(x, weight, b, act)
+        got = ops.gated_linear(x, weight, b, act, swapped)
     first, second = F.linear(x.double(), weight.double(), None if b is None else b.double()).chunk(2, -1)
+    first, second = (second, first) if swapped else (first, second)
     function = {
         "gelu": lambda z: z * 0.5 * (1 + torch.erf(z / math.sqrt(2))),
         "silu": lambda z: z / (1 + torch.exp(-z)),
@@ -320,6 +357,64 @@ def test_layer_norm_equals_its_formula(on, name, bias):
     expected = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-3).sqrt() * weight
     got = ops.layer_norm(x, weight, b, 1e-3)
     assert (got - expected - (0 if b is None else b)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", [*FAST, "triton"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("T", [0, 1, 7])
+def test_layer_norm_of_a_sum_is_that_of_the_sum(on, name, bias, T):
+    on(name)
+    x, residual, weight = randn(T, 48), randn(T, 48, seed=1) * 3, randn(48, seed=2)
+    b = randn(48, seed=3) if bias else None
+    kept = x.clone(), residual.clone()
+    got = ops.layer_norm(x, weight, b, 1e-3, residual)
+    exact = (x.double() + residual).clone()
+    expected = F.layer_norm(exact, (48,), weight.double(), None if b is None else b.double(), 1e-3)
+    assert got.shape == (T, 48)
+    assert torch.allclose(got.double(), expected, rtol=0, atol=1e-5)
+    assert torch.equal(x, kept[0])
+    assert torch.equal(residual, kept[1])
+
+
+@pytest.mark.parametrize("name", [*FAST, "triton"])
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [0, 1, 66])
+def test_linear_layer_norm_is_a_product_a_sum_and_a_norm(on, name, packs, dtype, T):
+    on(name)
+    if name == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter cuts bf16 off where a GPU rounds it: tested there")
+    x, residual, weight, b = (randn(*s, seed=i).to(dtype) for i, s in enumerate([(T, 45), (T, 33), (33, 45), (33,)]))
+    norm = 1 + randn(33, seed=5).to(dtype) / 4, randn(33, seed=6).to(dtype), 1e-5
+    total = F.linear(x.double(), weight.double(), b.double()) + residual
+    truth = F.layer_norm(total, (33,), norm[0].double(), norm[1].double(), 1e-5)
+    plain = F.layer_norm(residual + F.linear(x, weight, b), (33,), *norm)
+    with torch.inference_mode():
+        got = ops.linear_layer_norm(x, ops.pack_weight(weight) if packs else weight, b, residual.clone(), norm)
+    assert (got.shape, got.dtype) == ((T, 33), dtype)
+    if T:
+        assert (got.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_equals_its_formula(dtype):
+    x, weight = (randn(7, 45) * 300).to(dtype), randn(45, seed=1).to(dtype)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.5).sqrt()
+    got = ops.rms_norm(x, weight, 0.5)
+    assert got.dtype == dtype
+    plain = weight * exact.to(dtype)
+    assert torch.allclose(got.double(), plain.double(), rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6)
+    assert ops.rms_norm(x.float(), weight, 0.5).dtype == dtype  # a sum that is kept wide
+
+
+def test_logn_scales_by_the_length_of_each_token_s_sequence():
+    batch = packed([512, 1, 0, 8, 2000])
+    scale = ops.logn_scale(batch, 512, clip=False)
+    assert scale.shape == (2521, 1, 1)
+    expected = torch.tensor([math.log(n) / math.log(512) for n in (512, 1, 8, 2000) for _ in range(n)])
+    assert torch.allclose(scale.flatten(), expected, rtol=1e-6, atol=0)
+    clipped = ops.logn_scale(batch, 512, clip=True)
+    assert torch.allclose(clipped.flatten(), expected.clamp(min=1), rtol=1e-6, atol=0)
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------

@@ -80,11 +80,13 @@ def visible_keys(length: int, window_size: tuple[int, int]) -> int:
     return length + side(window_size[0]) + side(window_size[1])
 
 
-def model_flops(config: ml.ModernBertConfig, lengths: list[int]) -> int:
+def model_flops(config: ml.ModernBertConfig | ml.GteConfig, lengths: list[int]) -> int:
     """Of one forward pass: the linear layers on every token, the attention of each query with the keys it sees."""
     C, N = config.hidden_size, config.intermediate_size
     linear = 2 * (4 * C * C + 3 * N * C) * config.num_hidden_layers * sum(lengths)
-    windows = [config.window_size(i) for i in range(config.num_hidden_layers)]
+    windows = [(-1, -1)] * config.num_hidden_layers  # GTE's
+    if isinstance(config, ml.ModernBertConfig):
+        windows = [config.window_size(i) for i in range(config.num_hidden_layers)]
     counts = {length: lengths.count(length) for length in set(lengths)}
     keys = sum(count * visible_keys(n, w) * windows.count(w) for n, count in counts.items() for w in set(windows))
     return linear + 4 * C * keys  # q k^T and the sum of v, 2 FLOPs a channel each

@@ -3,10 +3,10 @@
     python -m bench.gpu --out DIR [--minutes 9] [--skip-tests]
     python -m bench.gpu --out DIR --smoke    # the same machinery on any CPU, with tiny shapes
 
-Leaves in DIR: encode_gpu.csv, kernels_gpu.csv, tune_gpu.csv (launch parameters), report.md, roofline.svg, tests.log,
-sections.log. Each section is a process of its own with a share of the time that is left: one that crashes or hangs
-costs only itself. What is known is written every two seconds, so that a run that is killed leaves what it had. Exit
-status: 0; 1 if a section failed or numbers were wrong; 2 without a GPU.
+Leaves in DIR: encode_gpu.csv, gte_gpu.csv, kernels_gpu.csv, tune_gpu.csv (launch parameters), report.md, roofline.svg,
+tests.log, sections.log. Each section is a process of its own with a share of the time that is left: one that crashes or
+hangs costs only itself. What is known is written every two seconds, so that a run that is killed leaves what it had.
+Exit status: 0; 1 if a section failed or numbers were wrong; 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KERNELS = ("attention", "rope", "geglu", "layer_norm", "pooling")
 # Of these the ones marked gpu; the others in them can run on a card, too, with TRITON_INTERPRET=0, but not in minutes.
 TESTS = ("tests/test_kernel_*.py", "tests/test_graphs.py", "tests/test_gpu.py")
 SIZES = (32_768, 8_192, 131_072, 1_024)  # tokens in a kernel's batch: what is promised is of the first
-TABLES = ("encode", "kernels", "tune")
+TABLES = ("encode", "gte", "kernels", "tune")
 
 
 @dataclass
@@ -67,6 +67,7 @@ def plan(smoke: bool, skip_tests: bool) -> list[Section]:
         tiny = shlex.split("encode --device cpu --dtype float32 --shapes smoke --cases query 128 ragged --batch-tokens")
         tiny += shlex.split("300 --repeats 3 --case-seconds 0.1 --smoke --texts")
         parts = [("encode", 2, tiny), ("kernels", 2, ["kernels", *KERNELS]), ("tune", 1, ["tune", "attention"])]
+        parts += [("gte", 1, ["gte", "--smoke", "--cases", "8x128", "--repeats", "1"])]
         first = Section("tests", 1, [*pytest, "-q", "--collect-only"], log="tests.log")
     else:
         main, more = ["--batch-tokens", "32768", "4096", "131072"], ["--batch-tokens", "16384", "8192", "65536"]
@@ -77,6 +78,7 @@ def plan(smoke: bool, skip_tests: bool) -> list[Section]:
             *((name, 1.5 if name == "attention" else 1, ["kernels", name]) for name in KERNELS),
             ("encode texts", 1, ["encode", "--cases", "--texts"]),
             ("encode large", 2.5, ["encode", "--shapes", "large", *main]),
+            ("gte", 1.5, ["gte", "--device", "cuda"]),
             ("encode base, more sizes", 1.2, ["encode", *fixed, *more]),
             ("tune", 1, ["tune", "attention", "geglu", "layer_norm", "rope"]),
             ("torch.compile, kernels", 0.7, ["compiled", *KERNELS[1:]]),
@@ -110,6 +112,8 @@ def section(kind: str, words: Sequence[str], smoke: bool) -> int:
         return 0
     if kind == "encode":
         return encode([*words, "--seconds", str(left)])
+    if kind == "gte":
+        return gte([*words, "--seconds", str(left)])
     return kernels(kind, words, time.monotonic() + left, smoke)
 
 
@@ -124,6 +128,21 @@ def encode(words: Sequence[str]) -> int:
             say(failure=f"{who}: {row['note']}")
 
     return 0 if bench_encode_gpu.run(bench_encode_gpu.parse(list(words)), emit) else 1
+
+
+def gte(words: Sequence[str]) -> int:
+    from bench import bench_encode_gpu, bench_gte
+
+    def emit(row: dict[str, Any]) -> None:
+        print(bench_gte.line(row), flush=True)
+        say(table="gte", row=row)
+
+    try:
+        bench_gte.run(bench_gte.parse(list(words)), emit)
+    except bench_encode_gpu.Unequal as error:
+        say(failure=f"gte: {error}")
+        return 1
+    return 0
 
 
 def kernels(kind: str, names: Sequence[str], ends: float, smoke: bool) -> int:
@@ -277,9 +296,10 @@ def machine(findings: Findings) -> str:
 
 def promised(findings: Findings) -> list[tuple[str, str, str, str]]:
     """(what, promised, measured or "", "yes", "no" or "") of the whole model and of the kernels."""
-    from bench import bench_encode_gpu
+    from bench import bench_encode_gpu, bench_gte
 
     table = bench_encode_gpu.promises(findings.rows["encode"])
+    table.append(bench_gte.promise(findings.rows["gte"]))
     for name in KERNELS:
         try:
             promises = importlib.import_module(f"bench.bench_{name}").PROMISES
@@ -314,6 +334,7 @@ def report(findings: Findings, out: Path, smoke: bool) -> str:
     lines += ["| what | promised | measured | kept |", "|---|---|---|---|"]
     lines += [f"| {what} | {p} | {got or 'not measured'} | {met or '-'} |" for what, p, got, met in promised(findings)]
     lines += ["", "## Whole model, tokens a second", "", tables.encode_gpu(findings.rows["encode"], every=True)]
+    lines += ["", "## GTE beside ModernBERT", "", tables.gte(findings.rows["gte"])]
     lines += ["", "## Kernels", "", tables.kernels_gpu(findings.rows["kernels"], every=True), "", "## Failures", ""]
     lines += [f"- {failure}" for failure in findings.failures] or ["None."]
     return "\n".join(lines) + "\n"

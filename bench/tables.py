@@ -1,7 +1,9 @@
-"""README's tables from the rows under bench/results: `python -m bench.tables` writes them, a test checks them."""
+"""README's tables: from the rows under bench/results, and the checkpoints that the tests run. `python -m bench.tables`
+writes them, a test checks them."""
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Sequence
@@ -11,10 +13,12 @@ from typing import Any
 from bench.runner import RESULTS, read_csv
 
 README = Path(__file__).parents[1] / "README.md"
+DATA = README.parent / "tests" / "data"
 NOT_MEASURED = (
     "Not measured yet: no run on a GPU has been recorded. `python -m bench.gpu --out bench/results` makes this table."
 )
 NOT_MEASURED_CPU = "Not measured yet: `python -m bench.bench_cpu` makes this table."
+NOT_MEASURED_GTE = "Not measured yet: `python -m bench.bench_gte` makes this table."
 Rows = Sequence[dict[str, Any]]  # as csv gives them, all strings, or as they were measured
 
 
@@ -31,12 +35,7 @@ def encode_cpu(rows: Rows) -> str:
             f"| {case} | {ours['tokens']} | {ours['tokens_per_s']} | {theirs['tokens_per_s']} | {ours['ratio']} | "
             f"{ours['max_difference']} |"
         )
-    r = rows[0]
-    where = (
-        f"{r['machine']}, {r['threads']} threads, torch {r['torch']}, transformers {r['transformers']}, "
-        f"{r['dtype']}, commit {r['commit']}, {r['date']}."
-    )
-    return "\n".join([*lines, "", where])
+    return "\n".join([*lines, "", _where(rows)])
 
 
 def cpu(rows: Rows) -> str:
@@ -129,6 +128,34 @@ def kernels_gpu(rows: Rows, every: bool = False) -> str:
     return "\n".join([*lines, "", _where(measured)])
 
 
+def gte(rows: Rows) -> str:
+    """A line a case: our GTE, and our ModernBERT of the same name of a shape, in the same run."""
+    from bench.bench_gte import GTE, MODERNBERT
+
+    if not rows:
+        return NOT_MEASURED
+    lines = [
+        "| shape | texts | tokens | dtype | GTE, tokens/s | TFLOP/s | ModernBERT, TFLOP/s | per FLOP | "
+        "x transformers sdpa | max difference |",
+        "|---" * 10 + "|",
+    ]
+    cells = {(row["shape"], row["case"], row["dtype"], row["provider"]): row for row in rows}
+    for (shape, case, dtype, provider), row in cells.items():
+        other = cells.get((shape, case, dtype, MODERNBERT))
+        if provider == GTE and other:  # a run that goes on may not have said it yet
+            values = [
+                shape,
+                case,
+                f"{int(row['tokens']):,}",
+                dtype,
+                f"{int(row['tokens_per_s']):,}",
+                row["tflop_per_s"],
+            ]
+            values += [other["tflop_per_s"], row["per_flop"], row["ratio"] or "–", row["max_difference"]]
+            lines.append(f"| {' | '.join(values)} |")
+    return "\n".join([*lines, "", _where(rows)])
+
+
 def _ours_first(row: dict[str, Any]) -> tuple[bool, int]:
     return row["provider"].startswith("modernbert-lite"), int(row["tokens_per_s"])
 
@@ -140,24 +167,52 @@ def _order(key: tuple[str, str, str, int]) -> tuple[Any, ...]:
 
 def _where(rows: Rows) -> str:
     """Where rows were measured; they may be of more than one run."""
-    texts = (
-        f"{r['card']}, driver {r['driver']}, torch {r['torch']}, triton {r['triton']}, transformers "
-        f"{r['transformers']}, {r['dtype']}, commit {r['commit']}, {r['date']}."
-        for r in rows
-    )
+    texts = []
+    for r in rows:
+        machine = f"{r['machine']}, {r['threads']} threads" if "machine" in r else f"{r['card']}, driver {r['driver']}"
+        triton = f", triton {r['triton']}" if "triton" in r else ""
+        texts.append(
+            f"{machine}, torch {r['torch']}{triton}, transformers {r['transformers']}, {r['dtype']}, commit "
+            f"{r['commit']}, {r['date']}."
+        )
     return " ".join(dict.fromkeys(texts))
 
 
+def checkpoints(entries: Rows, golden: Rows) -> str:
+    """A line a checkpoint, or a family of those that differ in nothing that the line says. entries: of
+    tests/data/checkpoints.json; golden: of golden.json, whose `model` says whose numbers are published."""
+    published = {name for row in golden for name in row["model"].split()}
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for entry in entries:
+        # What a test compares with: transformers' own classes, whose names for Alibaba's are Gte...
+        peers = ", ".join(f"`{re.sub('^New', 'Gte', name)}`" for name in entry["architectures"])
+        use = f"`{entry['use']}`" + (", once it is converted" if entry.get("weights") == "pickle" else "")
+        known = "yes" if entry["id"] in published else "not known"
+        name = entry.get("family", entry["id"])
+        lines.setdefault((name, use, peers, known, entry.get("note", "")), []).append(entry["id"])
+    rows = ["| checkpoint | loads with | parity tested on | published outputs | |", "|---|---|---|---|---|"]
+    for (name, *cells), ids in lines.items():
+        before, _, after = name.partition("{}")
+        sizes = ", ".join(member.removeprefix(before).removesuffix(after) for member in ids)
+        rows.append(f"| {' | '.join([name.replace('{}', f'{{{sizes}}}'), *cells])} |")
+    return "\n".join(rows)
+
+
 TABLES = {"cpu": cpu, "encode_cpu": encode_cpu, "encode_gpu": encode_gpu, "kernels_gpu": kernels_gpu}
+TABLES |= {"gte_cpu": gte, "gte_gpu": gte}
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
     """README with every table made anew."""
+    tables = {}
     for name, make in TABLES.items():
         path = results / f"{name}.csv"
         rows = read_csv(path) if path.exists() else []
-        missing = NOT_MEASURED_CPU if name == "cpu" else NOT_MEASURED
-        table = make(rows) if rows and not rows[0].get("smoke") else missing
+        missing = {"cpu": NOT_MEASURED_CPU, "gte_cpu": NOT_MEASURED_GTE}.get(name, NOT_MEASURED)
+        tables[name] = make(rows) if rows and not rows[0].get("smoke") else missing
+    read = {name: json.loads((DATA / f"{name}.json").read_text(encoding="utf-8")) for name in ("checkpoints", "golden")}
+    tables["checkpoints"] = checkpoints(read["checkpoints"]["checkpoints"], read["golden"]["entries"])
+    for name, table in tables.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
     return text

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .embedder import Embedder
     from .fill_mask import FillMask
     from .graphs import Graphed
+    from .late_interaction import LateInteraction
     from .pooling import quantize_embeddings
     from .reading import CheckpointError
     from .reranker import Reranker
@@ -24,6 +25,7 @@ _HOME = {
     "FillMask": "fill_mask",
     "GteConfig": "config",
     "Graphed": "graphs",
+    "LateInteraction": "late_interaction",
     "ModernBertConfig": "config",
     "PackedBatch": "batch",
     "Reranker": "reranker",
@@ -42,6 +44,7 @@ __all__ = [
     "FillMask",
     "Graphed",
     "GteConfig",
+    "LateInteraction",
     "ModernBertConfig",
     "PackedBatch",
     "Reranker",

@@ -286,27 +286,21 @@ def _is_native(get: Reader) -> bool:
 
 
 def _gte_rope(get: Reader, default_theta: float, longest: int) -> Rope:
-    parameters, scaling = get.mapping("rope_parameters"), get.mapping("rope_scaling")
-    differing = [key for key in parameters if key in scaling and parameters[key] != scaling[key]]
-    if differing:
-        raise CheckpointError(
-            f"rope_parameters and rope_scaling differ in {shown(differing[0])}: {shown(parameters[differing[0]])} and "
-            f"{shown(scaling[differing[0]])}; one of them is enough"
-        )
-    read = Reader({**parameters, **scaling})
+    given = {key: get.mapping(key) for key in ("rope_parameters", "rope_scaling") if get.mapping(key)}
+    read = Reader({})
+    where = " and ".join(given)
+    for key, value in (item for values in given.values() for item in values.items() if item[1] is not None):
+        key = "rope_type" if key == "type" else key  # its older name; transformers 5 writes both
+        other = read.raw.setdefault(key, value)
+        if other is not value and other != value:
+            raise CheckpointError(f"{where} differ in {key!r}: {shown(other)} and {shown(value)}; one is enough")
     theta = read.number("rope_theta", get.number("rope_theta", default_theta))
-    name = "rope_scaling type {}" if scaling else "rope_parameters type {}"
-    return _rope_of(read, theta, (*ROPE_TYPES, "ntk"), name, longest)
+    return _rope_of(read, theta, (*ROPE_TYPES, "ntk"), f"{where} type {{}}", longest)
 
 
 def _rope_of(read: Reader, theta: float, known: tuple[str, ...], name: str, longest: int) -> Rope:
     """name: for messages, with {} where the type goes."""
-    named = [read.raw[key] for key in ("rope_type", "type") if read.raw.get(key)]  # older files have the latter
-    if len(named) > 1 and named[0] != named[1]:
-        raise CheckpointError(
-            f"{name.format(shown(named[0]))} and the older key's {shown(named[1])} differ; one is enough"
-        )
-    rope_type = named[0] if named else "default"
+    rope_type = read.raw.get("rope_type") or read.raw.get("type") or "default"
     if rope_type not in known:
         raise CheckpointError(f"{name.format(shown(rope_type))} is not supported; known: {', '.join(known)}")
     if read.number("partial_rotary_factor", 1.0) != 1.0:

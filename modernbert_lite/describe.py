@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from . import __version__, heads, ops
-from .config import FULL, GteConfig, ModernBertConfig
+from .config import FULL, Config, GteConfig, ModernBertConfig
 from .pipeline import Checkpoint
-from .st_config import length_limit
+from .st_config import Late, SentenceConfig, length_limit
 from .threads import available, set_threads
 from .weights import open_safetensors, pick_device, pick_dtype, weight_files
 
@@ -42,7 +42,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
     return {
         "folder": str(checkpoint.root),
         "architecture": config.architecture,
-        "use": "Embedder" if pooling else heads.use(config.architecture),
+        "use": _use(config, sentence),
         "parameters": parameters,
         "stored as": ", ".join(stored),
         "hidden size": config.hidden_size,
@@ -58,7 +58,28 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
         "prompts": dict(sentence.prompts or {}),
         "similarity": sentence.similarity_fn_name,
         "labels": list(config.labels) if "Classification" in config.architecture else [],
+        **({} if sentence.late is None else _of_late(sentence.late)),
         "files": {p.relative_to(root).as_posix(): p.stat().st_size for p in sorted(root.rglob("*")) if p.is_file()},
+    }
+
+
+def _use(config: Config, sentence: SentenceConfig) -> str:
+    """The class to open it with."""
+    if sentence.late is not None:
+        return "LateInteraction"
+    if sentence.scores:
+        return "Reranker"
+    use = "Embedder" if sentence.pooling else heads.use(config.architecture)
+    return f"{use} (encode, encode_sparse)" if use == "Embedder" and getattr(config, "sparse", False) else use
+
+
+def _of_late(late: Late) -> dict[str, Any]:
+    return {
+        "query length": late.query_length or "as any text",
+        "document length": late.document_length or "as any text",
+        "query expansion": f"to {late.padded_length} tokens" if late.padded_length else "none",
+        "expansion is attended to": late.attends,
+        "skip list": list(late.skiplist_words),
     }
 
 

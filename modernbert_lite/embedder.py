@@ -16,7 +16,7 @@ from .heads import TokenClassifier, encoder_class, use
 from .pipeline import Checkpoint, Pipeline, check_text, length, warn
 from .pooling import PRECISIONS, quantize_embeddings
 from .reading import CheckpointError, OptionError
-from .st_config import Dense, Pooling, finish
+from .st_config import Pooling, finish, on_vectors
 from .weights import BUNDLED
 
 
@@ -31,11 +31,17 @@ class Embedder(Pipeline):
         self.check(checkpoint)
         sentence = checkpoint.sentence
         architecture = checkpoint.config.architecture
+        if sentence.late is not None:
+            raise CheckpointError(
+                f"{checkpoint.root} holds a late-interaction model, with a vector a token: use LateInteraction for it"
+            )
         if sentence.pooling is None and use(architecture) not in ("Embedder", "FillMask"):
             raise CheckpointError(
                 f"{checkpoint.root} holds a {architecture}, a classifier and no embedding model: use "
                 f"{use(architecture)} for it"
             )
+        if sentence.scores:
+            raise CheckpointError(f"{checkpoint.root} is a cross-encoder, no embedding model: use Reranker for it")
         if sentence.pooling is None:
             warn(
                 f"{checkpoint.root} has no pooling files: it is not an embedding model. Its tokens are averaged, and "
@@ -50,12 +56,9 @@ class Embedder(Pipeline):
         self.normalizes = sentence.normalize
         encoder = self.model.model if isinstance(self.model, TokenClassifier) else self.model
         self.network = self.graphed(self.model, partial(_forward, encoder, self.pooling.modes))
-        self.dense = [Dense(checkpoint.root / path, self.device) for path in sentence.dense_paths]
-        self.dimension = self.config.hidden_size * len(self.pooling.modes)
-        for path, dense in zip(sentence.dense_paths, self.dense, strict=True):
-            if dense.in_features != self.dimension:
-                raise CheckpointError(f"{path}: in_features is {dense.in_features}; it gets {self.dimension}")
-            self.dimension = dense.out_features
+        width = self.config.hidden_size * len(self.pooling.modes)
+        self.dense = on_vectors(checkpoint.root, sentence.dense_paths, width, self.device)
+        self.dimension = self.dense[-1].out_features if self.dense else width
         self.truncate_dim = self._check_dim(truncate_dim)
 
     def encode(

@@ -86,7 +86,7 @@ class Reader:
     """Typed access to a raw config; a key that is absent or null takes the default."""
 
     def __init__(self, raw: Mapping[str, Any]):
-        self.raw = raw
+        self.raw = dict(raw)
 
     def _fail(self, key: str, value: object, allowed: str) -> CheckpointError:
         return CheckpointError(f"{key} is {shown(value)}; it must be {allowed}")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import pooling
 from .batch import PackedBatch
-from .heads import network_class, use
+from .heads import encoder_class, network_class, use
 from .pipeline import Checkpoint, Pipeline, check_text, length
 from .reading import CheckpointError, OptionError
-from .st_config import score_activation
+from .st_config import Dense, Norm, Pooling, finish, on_vectors, score_activation
 
 Pair = tuple[str, str]
 
@@ -23,13 +25,20 @@ class Reranker(Pipeline):
 
     def __init__(self, checkpoint: Checkpoint, **options: Any):
         self.check(checkpoint)
-        architecture = checkpoint.config.architecture
-        if use(architecture) != "Reranker":
+        architecture, sentence = checkpoint.config.architecture, checkpoint.sentence
+        if not sentence.scores and use(architecture) != "Reranker":
             right = use(architecture)
             raise CheckpointError(f"{checkpoint.root} holds a {architecture}, no reranker: use {right} for it")
-        super().__init__(checkpoint, network_class(architecture), **options)
-        self.network = self.graphed(self.model)
+        network = encoder_class(checkpoint.config) if sentence.scores else network_class(architecture)
+        super().__init__(checkpoint, network, **options)
+        self.network: Callable[[PackedBatch], Tensor] = self.graphed(self.model)
         self.labels = self.config.labels
+        if sentence.scores:  # an encoder, whose head lies in sentence-transformers' modules
+            modes = (sentence.pooling or Pooling()).modes
+            width = self.config.hidden_size * len(modes)
+            head = on_vectors(checkpoint.root, sentence.dense_paths, width, self.device)
+            self.network = partial(_pool_and_score, self.network, modes, head)
+            self.labels = tuple(f"LABEL_{i}" for i in range(head[-1].out_features))
         named = checkpoint.sentence.activation_fn or self.config.activation_fn
         self.activation_fn = score_activation(named or ("Sigmoid" if len(self.labels) == 1 else "Identity"))
 
@@ -85,6 +94,10 @@ class Reranker(Pipeline):
         documents = list(documents)
         scores = self.predict([(query, document) for document in documents], show_progress_bar=show_progress_bar)
         return ranked(scores, documents, top_k, return_documents)
+
+
+def _pool_and_score(encoder: Any, modes: Sequence[str], head: list[Dense | Norm], batch: PackedBatch) -> Tensor:
+    return finish(pooling.pool(encoder(batch), batch, modes), head, False, None)
 
 
 def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_documents: bool) -> list[dict[str, Any]]:

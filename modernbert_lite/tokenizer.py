@@ -7,6 +7,7 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from pathlib import Path
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.normalizers import Lowercase, Sequence
 
@@ -117,6 +118,22 @@ class Tokenizer:
         with _no_panic("the prompt can't be tokenized"):
             before = [item for item, _ in self._single].index(~0)
             return before + len(self._rust.encode(prompt, add_special_tokens=False).ids)
+
+    def id_of(self, token: str) -> int | None:
+        """Of a token as the vocabulary spells it."""
+        with _no_panic(f"token {token!r:.60} can't be looked up"):
+            found: int | None = self._rust.token_to_id(token)
+            return found
+
+    def keep_whole(self, prefix: str) -> None:
+        """Makes a text that starts with this token, or with its first word, start with its id, whatever the normalizer
+        does to other text; nothing where the vocabulary has neither. To be called before any text is encoded."""
+        for token in (prefix, *prefix.split(None, 1)[:1]):
+            if self.id_of(token) is not None:
+                with _no_panic(f"token {token!r:.60} can't be added"):
+                    if self._rust.encode(token, add_special_tokens=False).tokens != [token]:
+                        self._rust.add_special_tokens([AddedToken(token, normalized=False)])
+                return
 
     def decode(self, token_id: int) -> str:
         """One token as text, as transformers' decode([token_id]): a leading space stays in byte-level vocabularies, and

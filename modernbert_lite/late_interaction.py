@@ -1,0 +1,188 @@
+"""Texts -> a vector a token, and scores by the best match of every token of a query: late interaction (ColBERT,
+arXiv 2004.12832), as PyLate's and sentence-transformers' files say."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .batch import PackedBatch, pack
+from .heads import encoder_class, use
+from .pipeline import Checkpoint, Pipeline, check_text, length
+from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown
+from .st_config import Dense, finish, length_limit
+
+# Of maxsim: the tokens of documents, and the dot products, that are in memory at a time, if one pair needs no more.
+_DOCUMENT_TOKENS, _PRODUCTS = 1 << 13, 1 << 23
+
+
+def maxsim(queries: Sequence[Any] | np.ndarray, documents: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """The scores (Q, D), float32: of every token of a query the largest dot product with a token of the document, added
+    up. queries, documents: lists of (tokens, dimension), as encode_queries and encode_documents give, or one of them.
+
+    In bounded memory, whatever their number. Raises ValueError, naming it, for one that has no tokens or another
+    dimension.
+    """
+    asked, answering = _checked(queries, "query"), _checked(documents, "document")
+    widths, others = ({array.shape[1] for array in arrays} for arrays in (asked, answering))
+    if len(widths | others) > 1:
+        raise ValueError(
+            f"queries have {sorted(widths)} dimensions, documents {sorted(others)}; all must have the same, one model's"
+        )
+    scores = np.empty((len(asked), len(answering)), np.float32)
+    for columns, tokens, starts in _joined(answering, _DOCUMENT_TOKENS):
+        for rows, asking, offsets in _joined(asked, _PRODUCTS // len(tokens)):
+            best = np.maximum.reduceat(tokens @ asking.T, starts)  # (documents, tokens of queries)
+            scores[rows, columns] = np.add.reduceat(best, offsets, axis=1).T
+    return scores
+
+
+def _checked(vectors: Any, name: str) -> list[np.ndarray]:
+    arrays = [np.asarray(x, np.float32) for x in ([vectors] if getattr(vectors, "ndim", 0) == 2 else vectors)]
+    for i, array in enumerate(arrays):
+        if array.ndim != 2 or 0 in array.shape:
+            raise ValueError(
+                f"{name} {i} has shape {array.shape}; it must be (tokens, dimension), at least one of each"
+            )
+    return arrays
+
+
+def _joined(arrays: list[np.ndarray], most: int) -> Iterator[tuple[slice, np.ndarray, list[int]]]:
+    """Neighbours, `most` rows together or one that has more: which they are, their rows, and where each one starts."""
+    first, starts, rows = 0, [0], 0
+    for i, array in enumerate(arrays):
+        if rows and rows + len(array) > most:
+            yield slice(first, i), np.concatenate(arrays[first:i]), starts[:-1]
+            first, starts, rows = i, [0], 0
+        rows += len(array)
+        starts.append(rows)
+    if arrays:
+        yield slice(first, len(arrays)), np.concatenate(arrays[first:]), starts[:-1]
+
+
+class LateInteraction(Pipeline):
+    """A late-interaction model. `query_length` and `max_seq_length`, which is the documents' length here, are the
+    repository's own or given to `from_pretrained`; `prompts` has what "query" and "document" texts begin with;
+    `dimension` is the width of the vectors. Short queries are padded to `padded_length` (0: none are)."""
+
+    def __init__(self, checkpoint: Checkpoint, *, query_length: int | None = None, **options: Any):
+        self.check(checkpoint)
+        sentence, config, late = checkpoint.sentence, checkpoint.config, checkpoint.sentence.late
+        if late is None:
+            right = "Embedder" if sentence.pooling else use(config.architecture)
+            raise CheckpointError(
+                f"{checkpoint.root} holds a {config.architecture} and no late-interaction model: use {right} for it"
+            )
+        if options.get("max_seq_length") is None:
+            options["max_seq_length"] = late.document_length
+        super().__init__(checkpoint, encoder_class(config), **options)
+        self.prompts = {"query": "", "document": "", **(sentence.prompts or {})}
+        self.similarity_fn_name = sentence.similarity_fn_name
+        self.normalizes = sentence.normalize
+        self.network = self.graphed(self.model)
+        self.dense = [Dense(checkpoint.root / path, self.device, "token_embeddings") for path in sentence.dense_paths]
+        self.dimension = config.hidden_size
+        for path, dense in zip(sentence.dense_paths, self.dense, strict=True):
+            if dense.in_features != self.dimension:
+                raise CheckpointError(f"{path}: in_features is {dense.in_features}; it gets {self.dimension}")
+            self.dimension = dense.out_features
+        for prefix in late.prefixes:
+            self.tokenizer.keep_whole(prefix)
+        found = [self.tokenizer.id_of(word) for word in late.skiplist_words]
+        self.skip_ids = {task: [i for i in found if i is not None] for task in late.skiplist_tasks}
+
+        usual = length_limit(sentence, checkpoint.folder, config.max_position_embeddings)
+        self.query_length = (late.query_length or usual) if query_length is None else query_length
+        bare = len(self.tokenizer.encode([""])[0][0])
+        if self.query_length <= bare:
+            raise OptionError(f"query_length is {self.query_length}; it must be over {bare}, the special tokens")
+        # Where queries are cut to the length that they are padded to, one number stands for both.
+        self.padded_length = self.query_length if late.padded_length == late.query_length else late.padded_length
+        self.attends = late.attends
+        if self.padded_length:
+            self.padding_id = self._find_padding(late.padding_token, checkpoint.folder)
+
+    def encode_queries(self, texts: str | Iterable[str], *, show_progress_bar: bool | None = None) -> Any:
+        """A list of float32 arrays (tokens, dimension), one a text in their order; of one string, one array.
+
+        Longer queries are cut to `query_length` tokens. Those that pad a shorter one have vectors, too, and count in
+        `maxsim`. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode.
+        """
+        asking = copy.copy(self)
+        asking.tokenizer = copy.copy(self.tokenizer)
+        asking.max_seq_length = asking.tokenizer.max_length = self.query_length
+        if self.padded_length:  # batches are planned before it, and no query is shorter than the prompt alone
+            shortest = len(self.tokenizer.encode([self.prompts["query"]])[0][0])
+            asking.batch_tokens = max(1, self.batch_tokens * shortest // max(shortest, self.padded_length))
+        return asking._encode("query", texts, show_progress_bar)
+
+    def encode_documents(self, texts: str | Iterable[str], *, show_progress_bar: bool | None = None) -> Any:
+        """As encode_queries; cut to `max_seq_length` tokens. Tokens of the repository's skip list (mostly punctuation)
+        have no vector."""
+        return self._encode("document", texts, show_progress_bar)
+
+    maxsim = staticmethod(maxsim)
+
+    def similarity(self, queries: Sequence[Any] | np.ndarray, documents: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """`maxsim`, (Q, D), by `similarity_fn_name`: with "meanmaxsim" over the number of the query's tokens."""
+        scores = maxsim(queries, documents)
+        if self.similarity_fn_name == "meanmaxsim":
+            scores /= np.array([[len(query)] for query in _checked(queries, "query")], np.float32)
+        return scores
+
+    def _encode(self, task: str, texts: str | Iterable[str], show_progress_bar: bool | None) -> Any:
+        given: object = texts
+        if isinstance(given, bytes) or not isinstance(given, Iterable):
+            raise TypeError(f"texts is {type(given).__name__}; it must be a str or an iterable of str")
+        single = isinstance(texts, str)
+        items = [texts] if isinstance(texts, str) else texts
+        if isinstance(items, (list, tuple)):  # a mistake is found before any work is done, not after
+            for i, text in enumerate(items):
+                check_text(text, i)
+        pads = task == "query" and self.padded_length > 0
+
+        def forward(batch: PackedBatch) -> Iterator[np.ndarray]:
+            batch = self._pad(batch) if pads else batch
+            x = finish(self.network(batch).float(), self.dense, self.normalizes, None)
+            return _split(x, batch, self.skip_ids.get(task, []))
+
+        prompted = (self.prompts[task] + check_text(text, i) for i, text in enumerate(items))
+        blocks = self.run(prompted, forward, show_progress_bar, length(items))
+        results = [row for block in blocks for row in block]
+        return results[0] if single else results
+
+    def _pad(self, batch: PackedBatch) -> PackedBatch:
+        """Short queries padded to `padded_length`; unless `attends` nothing sees the padding."""
+        lengths = tuple(max(n, self.padded_length) for n in batch.seqlens)
+        padded = pack([[self.padding_id] * n for n in lengths], self.device)
+        starts = padded.cu_seqlens[:-1].repeat_interleave(batch.cu_seqlens.diff(), output_size=len(batch.input_ids))
+        return replace(
+            padded,
+            input_ids=padded.input_ids.index_copy(0, starts + batch.position_ids, batch.input_ids),
+            max_id=max(batch.max_id, padded.max_id),
+            key_seqlens=None if self.attends or lengths == batch.seqlens else batch.seqlens,
+        )
+
+    def _find_padding(self, token: str | None, folder: Path) -> int:
+        found = self.tokenizer.mask_token_id if token is None else self.tokenizer.id_of(token)
+        if found is None:
+            raise CheckpointError(f"{folder}: queries are padded with {token or 'the mask token'}, which is not known")
+        path = folder / "tokenizer_config.json"
+        side = read_json(path, MAX_TOKENIZER_JSON_BYTES).get("padding_side") if path.is_file() else None
+        if side not in (None, "right"):
+            raise CheckpointError(f"{path}: padding_side is {shown(side)}; queries can be padded on the 'right' only")
+        return found
+
+
+def _split(x: Tensor, batch: PackedBatch, skip: list[int]) -> Iterator[np.ndarray]:
+    """(T, dimension) -> an array of each sequence, without the tokens `skip`. Waits for the device when it is read."""
+    vectors, keep = x.cpu().numpy(), ~np.isin(batch.input_ids.cpu().numpy(), skip)
+    for start, end in pairwise(accumulate(batch.seqlens, initial=0)):
+        yield vectors[start:end][keep[start:end]]

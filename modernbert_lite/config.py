@@ -168,7 +168,8 @@ class GteConfig:
         get = Reader(raw)
         hidden, heads = _sizes(get)
         native = _is_native(get)
-        longest = get.whole("max_position_embeddings", 8192 if native else 2048)
+        logn = get.flag("logn_attention_scale", False, strings=True)  # by a logarithm, which 1 has none of
+        longest = get.whole("max_position_embeddings", 8192 if native else 2048, least=2 if logn else 1)
         architectures = _architectures(raw, "GteModel" if native else "NewModel")
         labels = _labels(get)
         act = get.choice("hidden_act", "gelu", ACTIVATIONS)
@@ -190,7 +191,7 @@ class GteConfig:
             if native
             else get.choice("position_embedding_type", "rope", ("rope", "absolute")),
             rope=_gte_rope(get, 160_000.0 if native else 10_000.0, longest),
-            logn_attention_scale=get.flag("logn_attention_scale", False, strings=True),
+            logn_attention_scale=logn,
             logn_attention_clip1=get.flag("logn_attention_clip1", False, strings=True),
             tie_word_embeddings=get.flag("tie_word_embeddings", True, strings=True),
             pad_token_id=get.token_id("pad_token_id"),
@@ -224,6 +225,9 @@ def _check_type(raw: Mapping[str, Any], wanted: type[Config]) -> None:
     model_type = raw.get("model_type")
     if _CONFIGS.get(model_type if isinstance(model_type, str) else "") is wanted:
         return
+    if isinstance(model_type, str) and model_type in _CONFIGS:
+        other = _CONFIGS[model_type].__name__
+        raise CheckpointError(f"model_type {model_type!r} is {other}'s, not {wanted.__name__}'s: see read_config")
     decoder = ": a causal decoder, and these are encoders" if model_type == "modernbert-decoder" else ""
     known = ", ".join(map(repr, _CONFIGS))
     raise CheckpointError(f"model_type {shown(model_type)} is not supported{decoder}; known: {known}")

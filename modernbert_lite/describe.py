@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, heads, ops
-from .config import FULL, Config, GteConfig, ModernBertConfig
+from . import __version__, ops
+from .config import FULL, GteConfig, ModernBertConfig
 from .pipeline import Checkpoint
-from .st_config import Late, SentenceConfig, length_limit
+from .st_config import Late, length_limit
 from .threads import available, set_threads
 from .weights import open_safetensors, pick_device, pick_dtype, weight_files
 
@@ -42,11 +42,11 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
     return {
         "folder": str(checkpoint.root),
         "architecture": config.architecture,
-        "use": _use(config, sentence),
+        "use": checkpoint.use + (" (encode, encode_sparse)" if getattr(config, "sparse", False) else ""),
         "parameters": parameters,
         "stored as": ", ".join(stored),
         "hidden size": config.hidden_size,
-        "layers": config.num_hidden_layers,
+        "layers": f"{config.num_hidden_layers} ({_global_layers(config)} global)",
         "heads": f"{config.num_attention_heads} x {config.head_dim}",
         "intermediate size": config.intermediate_size,
         "vocabulary": config.vocab_size,
@@ -63,14 +63,8 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
     }
 
 
-def _use(config: Config, sentence: SentenceConfig) -> str:
-    """The class to open it with."""
-    if sentence.late is not None:
-        return "LateInteraction"
-    if sentence.scores:
-        return "Reranker"
-    use = "Embedder" if sentence.pooling else heads.use(config.architecture)
-    return f"{use} (encode, encode_sparse)" if use == "Embedder" and getattr(config, "sparse", False) else use
+def _global_layers(config: ModernBertConfig | GteConfig) -> int:
+    return config.layer_types.count(FULL) if isinstance(config, ModernBertConfig) else config.num_hidden_layers
 
 
 def _of_late(late: Late) -> dict[str, Any]:
@@ -86,7 +80,6 @@ def _of_late(late: Late) -> dict[str, Any]:
 def _of_modernbert(config: ModernBertConfig) -> dict[str, Any]:
     half = config.local_attention // 2
     return {
-        "global layers": config.layer_types.count(FULL),
         "local window": f"{config.local_attention} ({half} on each side)",
         "rope theta": f"{config.full_rope.theta:g} global, {config.sliding_rope.theta:g} local",
         "rope type": config.full_rope.type,
@@ -99,7 +92,6 @@ def _of_gte(config: GteConfig) -> dict[str, Any]:
     scaling = "" if rope.type == "default" else f", factor {rope.factor:g}"
     mixed = "" if rope.mixed_b is None else f", mixed_b {rope.mixed_b:g}"
     return {
-        "global layers": config.num_hidden_layers,
         "positions": config.position_embedding_type,
         "rope theta": f"{rope.theta:g}" if rotary else "none",
         "rope type": rope.type + scaling + mixed if rotary else "none",

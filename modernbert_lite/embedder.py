@@ -12,12 +12,13 @@ from torch import Tensor
 
 from . import pooling
 from .batch import PackedBatch
-from .heads import TokenClassifier, encoder_class, use
+from .config import GteConfig
+from .heads import GteTokenClassifier, encoder_class
 from .pipeline import Checkpoint, Pipeline, check_text, length, warn
 from .pooling import PRECISIONS, quantize_embeddings
 from .reading import CheckpointError, OptionError
 from .st_config import Pooling, finish, on_vectors
-from .weights import BUNDLED
+from .weights import BUNDLED, stores
 
 
 class Embedder(Pipeline):
@@ -30,31 +31,23 @@ class Embedder(Pipeline):
     def __init__(self, checkpoint: Checkpoint, *, truncate_dim: int | None = None, **options: Any):
         self.check(checkpoint)
         sentence = checkpoint.sentence
-        architecture = checkpoint.config.architecture
-        if sentence.late is not None:
-            raise CheckpointError(
-                f"{checkpoint.root} holds a late-interaction model, with a vector a token: use LateInteraction for it"
-            )
-        if sentence.pooling is None and use(architecture) not in ("Embedder", "FillMask"):
-            raise CheckpointError(
-                f"{checkpoint.root} holds a {architecture}, a classifier and no embedding model: use "
-                f"{use(architecture)} for it"
-            )
-        if sentence.scores:
-            raise CheckpointError(f"{checkpoint.root} is a cross-encoder, no embedding model: use Reranker for it")
+        if checkpoint.use not in ("Embedder", "FillMask"):
+            raise checkpoint.refuse("embedding model")
         if sentence.pooling is None:
             warn(
                 f"{checkpoint.root} has no pooling files: it is not an embedding model. Its tokens are averaged, and "
                 "unrelated texts will look alike"
             )
-        super().__init__(checkpoint, encoder_class(checkpoint.config), **options)
-        self.sparse = isinstance(self.model, TokenClassifier)
+        config = checkpoint.config
+        # Its dense vectors need no classifier, so a file without one opens, too.
+        self.sparse = isinstance(config, GteConfig) and config.sparse and stores(checkpoint.folder, "classifier.weight")
+        super().__init__(checkpoint, GteTokenClassifier if self.sparse else encoder_class(config), **options)
         self.prompts = dict(sentence.prompts or {})
         self.default_prompt_name = sentence.default_prompt_name
         self.similarity_fn_name = sentence.similarity_fn_name
         self.pooling = sentence.pooling or Pooling()
         self.normalizes = sentence.normalize
-        encoder = self.model.model if isinstance(self.model, TokenClassifier) else self.model
+        encoder = self.model.model if self.sparse else self.model
         self.network = self.graphed(self.model, partial(_forward, encoder, self.pooling.modes))
         width = self.config.hidden_size * len(self.pooling.modes)
         self.dense = on_vectors(checkpoint.root, sentence.dense_paths, width, self.device)

@@ -10,7 +10,7 @@ from .batch import PackedBatch
 from .config import Config, GteConfig, ModernBertConfig
 from .gte import Gte
 from .linear import Linear
-from .model import LayerNorm, ModernBert
+from .model import LayerNorm, ModernBert, check_batch
 from .reading import CheckpointError
 
 
@@ -67,6 +67,7 @@ class Classifier(nn.Module):
 class SequenceClassifier(Classifier):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (B, labels): pooled first (by the config's `classifier_pooling`), then head and classifier."""
+        check_batch(batch, self.config)
         mode = self.config.classifier_pooling if isinstance(self.config, ModernBertConfig) else "cls"
         if mode == "cls":
             pooled = self.model(batch, pooling.rows(batch, ["cls"]))  # (B, C)
@@ -123,6 +124,7 @@ class GteSequenceClassifier(SequenceClassifier):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (B, labels), of the first token."""
+        check_batch(batch, self.config)
         return self.classifier(self.pooler(self.model(batch, pooling.rows(batch, ["cls"]))))
 
 
@@ -168,11 +170,8 @@ def network_class(architecture: str) -> type[nn.Module]:
 
 
 def encoder_class(config: Config) -> type[nn.Module]:
-    """The encoder alone, whatever stands on it in the checkpoint; with its token classifier where that gives sparse
-    weights beside the vectors."""
-    if isinstance(config, GteConfig):
-        return GteTokenClassifier if config.sparse else Gte
-    return ModernBert
+    """The encoder alone, whatever stands on it in the checkpoint."""
+    return Gte if isinstance(config, GteConfig) else ModernBert
 
 
 def use(architecture: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from .batch import PackedBatch, pack
-from .heads import encoder_class, use
+from .heads import encoder_class
 from .pipeline import Checkpoint, Pipeline, check_text, length
 from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown
 from .st_config import Dense, finish, length_limit
@@ -76,10 +76,7 @@ class LateInteraction(Pipeline):
         self.check(checkpoint)
         sentence, config, late = checkpoint.sentence, checkpoint.config, checkpoint.sentence.late
         if late is None:
-            right = "Embedder" if sentence.pooling else use(config.architecture)
-            raise CheckpointError(
-                f"{checkpoint.root} holds a {config.architecture} and no late-interaction model: use {right} for it"
-            )
+            raise checkpoint.refuse("late-interaction model")
         if options.get("max_seq_length") is None:
             options["max_seq_length"] = late.document_length
         super().__init__(checkpoint, encoder_class(config), **options)
@@ -151,7 +148,7 @@ class LateInteraction(Pipeline):
         def forward(batch: PackedBatch) -> Iterator[np.ndarray]:
             batch = self._pad(batch) if pads else batch
             x = finish(self.network(batch).float(), self.dense, self.normalizes, None)
-            return _split(x, batch, self.skip_ids.get(task, []))
+            return _split(x, batch, self.skip_ids.get(task, []), in_order=not (pads and self.pads_left))
 
         prompted = (self.prompts[task] + check_text(text, i) for i, text in enumerate(items))
         blocks = self.run(prompted, forward, show_progress_bar, length(items))
@@ -159,12 +156,18 @@ class LateInteraction(Pipeline):
         return results[0] if single else results
 
     def _pad(self, batch: PackedBatch) -> PackedBatch:
-        """Short queries padded to `padded_length`; unless `attends` nothing sees the padding."""
+        """Short queries padded to `padded_length`; unless `attends` nothing sees the padding. On the left it has the
+        first positions, and stands behind the text all the same: hidden keys are a sequence's last ones."""
         lengths = tuple(max(n, self.padded_length) for n in batch.seqlens)
         padded = pack([[self.padding_id] * n for n in lengths], self.device)
         starts = padded.cu_seqlens[:-1].repeat_interleave(batch.cu_seqlens.diff(), output_size=len(batch.input_ids))
+        position_ids = padded.position_ids
+        if self.pads_left:
+            length, real = (x.cu_seqlens.diff().repeat_interleave(padded.cu_seqlens.diff()) for x in (padded, batch))
+            position_ids = (position_ids + length - real) % length
         return replace(
             padded,
+            position_ids=position_ids,
             input_ids=padded.input_ids.index_copy(0, starts + batch.position_ids, batch.input_ids),
             max_id=max(batch.max_id, padded.max_id),
             key_seqlens=None if self.attends or lengths == batch.seqlens else batch.seqlens,
@@ -176,13 +179,26 @@ class LateInteraction(Pipeline):
             raise CheckpointError(f"{folder}: queries are padded with {token or 'the mask token'}, which is not known")
         path = folder / "tokenizer_config.json"
         side = read_json(path, MAX_TOKENIZER_JSON_BYTES).get("padding_side") if path.is_file() else None
-        if side not in (None, "right"):
-            raise CheckpointError(f"{path}: padding_side is {shown(side)}; queries can be padded on the 'right' only")
+        if side not in (None, "right", "left"):
+            raise CheckpointError(f"{path}: padding_side is {shown(side)}; it must be 'right' or 'left'")
+        self.pads_left = side == "left"
+        window = getattr(self.config, "local_attention", 2 * self.padded_length) // 2
+        if self.pads_left and self.padded_length > window + 1:
+            raise CheckpointError(
+                f"{path}: padding_side is 'left', and queries are padded to {self.padded_length} tokens; that is "
+                f"supported up to {window + 1}, which all layers see from end to end"
+            )
         return found
 
 
-def _split(x: Tensor, batch: PackedBatch, skip: list[int]) -> Iterator[np.ndarray]:
-    """(T, dimension) -> an array of each sequence, without the tokens `skip`. Waits for the device when it is read."""
-    vectors, keep = x.cpu().numpy(), ~np.isin(batch.input_ids.cpu().numpy(), skip)
+def _split(x: Tensor, batch: PackedBatch, skip: list[int], in_order: bool) -> Iterator[np.ndarray]:
+    """(T, dimension) -> an array of each sequence, by position, without the tokens `skip`. Waits for the device when it
+    is read."""
+    vectors, ids, positions = (tensor.cpu().numpy() for tensor in (x, batch.input_ids, batch.position_ids))
+    keep = ~np.isin(ids, skip)
     for start, end in pairwise(accumulate(batch.seqlens, initial=0)):
-        yield vectors[start:end][keep[start:end]]
+        rows, kept = vectors[start:end], keep[start:end]
+        if not in_order:
+            order = positions[start:end].argsort()
+            rows, kept = rows[order], kept[order]
+        yield rows[kept]

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from .batch import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, PackedBatch, pack, plan_batches
 from .config import Config, GteConfig, read_config
 from .graphs import MAX_TOKENS, Graphed
+from .heads import use
+from .reading import CheckpointError
 from .st_config import SentenceConfig, length_limit, read_sentence_config
 from .threads import bound_tokenizer, set_threads
 from .tokenizer import Text, Tokenizer
@@ -51,6 +53,19 @@ class Checkpoint:
         sentence = read_sentence_config(root)
         folder = network_folder(root)
         return cls(folder, root, read_config(folder), sentence)
+
+    @property
+    def use(self) -> str:
+        """The class that opens it for its user: "Embedder", "LateInteraction", "Reranker", "FillMask", "load_model"."""
+        if self.sentence.late is not None:
+            return "LateInteraction"
+        if self.sentence.scores:
+            return "Reranker"
+        return "Embedder" if self.sentence.pooling else use(self.config.architecture)
+
+    def refuse(self, wanted: str) -> CheckpointError:
+        """The error that it is no `wanted`."""
+        return CheckpointError(f"{self.root} holds a {self.config.architecture}, no {wanted}: use {self.use} for it")
 
 
 class Pipeline:

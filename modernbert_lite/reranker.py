@@ -14,7 +14,7 @@ from . import pooling
 from .batch import PackedBatch
 from .heads import encoder_class, network_class, use
 from .pipeline import Checkpoint, Pipeline, check_text, length
-from .reading import CheckpointError, OptionError
+from .reading import OptionError
 from .st_config import Dense, Norm, Pooling, finish, on_vectors, score_activation
 
 Pair = tuple[str, str]
@@ -27,8 +27,7 @@ class Reranker(Pipeline):
         self.check(checkpoint)
         architecture, sentence = checkpoint.config.architecture, checkpoint.sentence
         if not sentence.scores and use(architecture) != "Reranker":
-            right = use(architecture)
-            raise CheckpointError(f"{checkpoint.root} holds a {architecture}, no reranker: use {right} for it")
+            raise checkpoint.refuse("reranker")
         network = encoder_class(checkpoint.config) if sentence.scores else network_class(architecture)
         super().__init__(checkpoint, network, **options)
         self.network: Callable[[PackedBatch], Tensor] = self.graphed(self.model)

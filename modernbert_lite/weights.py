@@ -302,6 +302,11 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  not a dict
 
 
+def stores(folder: Path, name: str) -> bool:
+    """Whether the folder's weights hold a tensor whose name is or ends with this one."""
+    return any(f".{key}".endswith(f".{name}") for path in weight_files(folder) for key in _shapes(path))
+
+
 def load_dense(folder: Path, expected: dict[str, tuple[Any, ...]], device: torch.device) -> dict[str, Tensor]:
     """The tensors of a sentence-transformers Dense module, in fp32, if they have the shapes that its config gives."""
     shapes = {path: _shapes(path) for path in weight_files(folder)}

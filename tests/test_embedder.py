@@ -386,7 +386,7 @@ def test_similarity(tiny):
 )
 def test_a_classifier_is_refused_with_the_right_class(make_checkpoint, architecture, right):
     folder, _ = make_checkpoint(architecture, num_hidden_layers=1)
-    with pytest.raises(CheckpointError, match=f"holds a {architecture}, a classifier .*: use {right}"):
+    with pytest.raises(CheckpointError, match=f"holds a {architecture}, no embedding model: use {right}"):
         Embedder.from_pretrained(folder)
 
 

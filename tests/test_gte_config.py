@@ -236,6 +236,13 @@ def test_a_new_config_that_transformers_5_saved_again_means_the_same(tmp_path, m
     assert ml.read_config(tmp_path) == GteConfig.from_dict({**source, "model_type": model_type})
 
 
+def test_ntk_by_its_name_is_new_config_s_alone():
+    for key in ("type", "rope_type"):
+        rope = {key: "ntk", "factor": 8.0, "rope_theta": 20000.0}
+        config = GteConfig.from_dict({"model_type": "gte", "rope_parameters": rope})
+        assert config == GteConfig(rope=Rope(20_000.0, "ntk", 8.0))
+
+
 def test_transformers_own_class_never_has_absolute_positions():
     """It ignores the key, which files converted from BERT's still have."""
     assert GteConfig.from_dict({**NATIVE, "position_embedding_type": "absolute"}).position_embedding_type == "rope"
@@ -344,6 +351,10 @@ REFUSED = {
         {"rope_parameters": LINEAR, "rope_scaling": {"type": "ntk", "factor": 2.0}},
         ["rope_parameters and rope_scaling", "'rope_type'", "'linear'", "'ntk'", "differ"],
     ),
+    "logn of one position": (
+        {"logn_attention_scale": True, "max_position_embeddings": 1},
+        ["max_position_embeddings is 1", "a whole number from 2"],
+    ),
     "theta is a string": ({"rope_theta": "20000"}, ["rope_theta is '20000'", "a positive number"]),
     "theta below 0": ({"rope_theta": -1}, ["rope_theta is -1", "a positive number"]),
     "norms": ({"layer_norm_type": "batch_norm"}, ["layer_norm_type is 'batch_norm'", "layer_norm, rms_norm"]),
@@ -420,7 +431,16 @@ def test_a_type_that_is_said_twice_must_be_the_same():
         GteConfig.from_dict({**MULTILINGUAL, "rope_scaling": {**both, "rope_type": "default"}})
 
 
-@pytest.mark.parametrize("model_type", ["modernbert", "bert", None, ["new"]])
+@pytest.mark.parametrize("model_type", ["bert", None, ["new"]])
 def test_another_model_s_config_is_refused_by_its_name(model_type):
     with pytest.raises(CheckpointError, match=r"model_type .* is not supported; known: .*'new', 'gte'"):
         GteConfig.from_dict({**MULTILINGUAL, "model_type": model_type})
+
+
+def test_a_config_of_the_other_class_is_named():
+    with pytest.raises(
+        CheckpointError, match="'new' is GteConfig's, not ModernBertConfig's: see read_config"
+    ):
+        ml.ModernBertConfig.from_dict({"model_type": "new"})
+    with pytest.raises(CheckpointError, match="model_type 'modernbert' is ModernBertConfig's, not GteConfig's"):
+        GteConfig.from_dict({"model_type": "modernbert"})

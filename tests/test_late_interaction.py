@@ -436,12 +436,31 @@ def test_a_dense_layer_of_another_width_or_place_is_refused(pylate):
         LateInteraction.from_pretrained(folder, device="cpu")
 
 
-def test_padding_on_the_left_is_refused_unless_nothing_is_padded(pylate):
-    folder = pylate()
+def set_padding_side(folder, side):
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
-    with pytest.raises(CheckpointError, match="padding_side is 'left'"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": side}))
+    return folder
+
+
+@pytest.mark.parametrize("attends", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_padding_on_the_left_gives_sentence_transformers_vectors(pylate, monkeypatch, attends, backend):
+    monkeypatch.setenv("MODERNBERT_LITE_BACKEND", backend)
+    folder = set_padding_side(pylate(attend_to_expansion_tokens=attends), "left")
+    _, queries, _ = assert_equal_to_reference(folder)
+    right = LateInteraction.from_pretrained(set_padding_side(folder, "right"), device="cpu").encode_queries(TEXTS[:2])
+    assert np.abs(queries[0] - right[0]).max() > 0.01
+
+
+def test_padding_on_the_left_beyond_a_local_window_is_refused(pylate):
+    folder = set_padding_side(pylate(query_length=90), "left")
+    with pytest.raises(CheckpointError, match=r"padding_side is .left., and queries are padded to 90 tokens; .* to 65"):
         LateInteraction.from_pretrained(folder, device="cpu")
+
+
+def test_another_padding_side_is_refused(pylate):
+    with pytest.raises(CheckpointError, match="padding_side is 'top'; it must be 'right' or 'left'"):
+        LateInteraction.from_pretrained(set_padding_side(pylate(), "top"), device="cpu")
 
 
 @pytest.mark.parametrize("bad", [b"text", 3, [1], ["a", None]])

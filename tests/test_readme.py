@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,6 +35,23 @@ def cached(cache: Path, repo: str, folder: Path) -> None:
     folder.rename(home / "snapshots" / commit)
 
 
+def sparse_gte(folder: Path) -> Path:
+    """gte-multilingual-base's form, with ModernBERT's tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 96, "intermediate_size": 144, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = transformers.GteConfig(vocab_size=50368, pad_token_id=50283, num_labels=1, initializer_range=0.1, **sizes)
+    transformers.GteForTokenClassification(config).save_pretrained(folder)
+    for path in (Path(__file__).parent / "data" / "modernbert-tokenizer").iterdir():
+        if path.name != "config.json":
+            shutil.copy(path, folder)
+    (folder / "modules.json").write_text(
+        json.dumps([{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}])
+    )
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    return folder
+
+
 @pytest.fixture
 def hub(make_checkpoint, tmp_path):
     from importlib.util import module_from_spec, spec_from_file_location
@@ -47,23 +69,37 @@ def hub(make_checkpoint, tmp_path):
     reranker = make_checkpoint("ModernBertForSequenceClassification", name="reranker", **classifier)[0]
     cached(cache, "Alibaba-NLP/gte-reranker-modernbert-base", reranker)
     cached(cache, "answerdotai/ModernBERT-base", make_checkpoint("ModernBertForMaskedLM", name="mlm")[0])
+    cached(cache, "Alibaba-NLP/gte-multilingual-base", sparse_gte(tmp_path / "gte"))
+    late = make_checkpoint(name="late")[0]
+    (late / "1_Dense").mkdir()
+    save_file({"linear.weight": torch.eye(8, 96)}, late / "1_Dense" / "model.safetensors")
+    identity = {"activation_function": "torch.nn.modules.linear.Identity"}
+    (late / "1_Dense" / "config.json").write_text(
+        json.dumps({"in_features": 96, "out_features": 8, "bias": False, **identity})
+    )
+    modules = [("", "sentence_transformers.models.Transformer"), ("1_Dense", "pylate.models.Dense.Dense")]
+    (late / "modules.json").write_text(json.dumps([{"path": path, "type": kind} for path, kind in modules]))
+    prefixes = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 32, "document_length": 300}
+    (late / "config_sentence_transformers.json").write_text(json.dumps(prefixes))
+    cached(cache, "lightonai/GTE-ModernColBERT-v1", late)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "HF_HUB_CACHE": str(cache), "PATH": path, "PYTHONWARNINGS": "error"}
 
 
 def test_python_blocks_run(hub, tmp_path):
     codes = blocks("python")
-    assert len(codes) == 5
+    assert len(codes) == 7
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(codes)], env=hub, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "[(4, 384), (3, 384)]" in done.stdout
     assert "Beijing is the capital of China." in done.stdout
+    assert "': 0." in done.stdout  # a sparse weight
 
 
 def test_embedding_and_reranking_take_six_lines():
-    embed, rerank = blocks("python")[:2]
+    embed, _, _, rerank = blocks("python")[:4]
     assert [len([line for line in code.splitlines() if line]) for code in (embed, rerank)] == [5, 5]
 
 

@@ -438,9 +438,7 @@ def test_another_model_s_config_is_refused_by_its_name(model_type):
 
 
 def test_a_config_of_the_other_class_is_named():
-    with pytest.raises(
-        CheckpointError, match="'new' is GteConfig's, not ModernBertConfig's: see read_config"
-    ):
+    with pytest.raises(CheckpointError, match="'new' is GteConfig's, not ModernBertConfig's: see read_config"):
         ml.ModernBertConfig.from_dict({"model_type": "new"})
     with pytest.raises(CheckpointError, match="model_type 'modernbert' is ModernBertConfig's, not GteConfig's"):
         GteConfig.from_dict({"model_type": "modernbert"})

@@ -187,10 +187,10 @@ def checkpoints(entries: Rows, golden: Rows) -> str:
         # What a test compares with: transformers' own classes, whose names for Alibaba's are Gte...
         peers = ", ".join(f"`{re.sub('^New', 'Gte', name)}`" for name in entry["architectures"])
         use = f"`{entry['use']}`" + (", once it is converted" if entry.get("weights") == "pickle" else "")
-        known = "yes" if entry["id"] in published else "not known"
+        known = "known" if entry["id"] in published else "not known"
         name = entry.get("family", entry["id"])
         lines.setdefault((name, use, peers, known, entry.get("note", "")), []).append(entry["id"])
-    rows = ["| checkpoint | loads with | parity tested on | published outputs | |", "|---|---|---|---|---|"]
+    rows = ["| checkpoint | loads with | parity tested on | golden numbers | |", "|---|---|---|---|---|"]
     for (name, *cells), ids in lines.items():
         before, _, after = name.partition("{}")
         sizes = ", ".join(member.removeprefix(before).removesuffix(after) for member in ids)

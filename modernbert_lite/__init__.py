@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .graphs import Graphed
     from .late_interaction import LateInteraction
     from .pooling import quantize_embeddings
-    from .reading import CheckpointError
+    from .reading import CheckpointError, OptionError
     from .reranker import Reranker
     from .weights import load_model
 
@@ -27,6 +27,7 @@ _HOME = {
     "Graphed": "graphs",
     "LateInteraction": "late_interaction",
     "ModernBertConfig": "config",
+    "OptionError": "reading",
     "PackedBatch": "batch",
     "Reranker": "reranker",
     "from_padded": "batch",
@@ -46,6 +47,7 @@ __all__ = [
     "GteConfig",
     "LateInteraction",
     "ModernBertConfig",
+    "OptionError",
     "PackedBatch",
     "Reranker",
     "__version__",

@@ -190,7 +190,7 @@ class GteConfig:
             position_embedding_type="rope"
             if native
             else get.choice("position_embedding_type", "rope", ("rope", "absolute")),
-            rope=_gte_rope(get, 160_000.0 if native else 10_000.0, longest),
+            rope=_gte_rope(get, native, longest),
             logn_attention_scale=logn,
             logn_attention_clip1=get.flag("logn_attention_clip1", False, strings=True),
             tie_word_embeddings=get.flag("tie_word_embeddings", True, strings=True),
@@ -289,7 +289,8 @@ def _is_native(get: Reader) -> bool:
     )
 
 
-def _gte_rope(get: Reader, default_theta: float, longest: int) -> Rope:
+def _gte_rope(get: Reader, native: bool, longest: int) -> Rope:
+    known = ROPE_TYPES if native else ("default", "ntk")
     given = {key: get.mapping(key) for key in ("rope_parameters", "rope_scaling") if get.mapping(key)}
     read = Reader({})
     where = " and ".join(given)
@@ -298,8 +299,12 @@ def _gte_rope(get: Reader, default_theta: float, longest: int) -> Rope:
         other = read.raw.setdefault(key, value)
         if other is not value and other != value:
             raise CheckpointError(f"{where} differ in {key!r}: {shown(other)} and {shown(value)}; one is enough")
-    theta = read.number("rope_theta", get.number("rope_theta", default_theta))
-    return _rope_of(read, theta, (*ROPE_TYPES, "ntk"), f"{where} type {{}}", longest)
+    if "rope_type" not in read.raw and read.raw.keys() - {"rope_theta"}:
+        raise CheckpointError(
+            f"{where} has {shown(sorted(read.raw))} and no type; it must be one of {', '.join(known)}"
+        )
+    theta = read.number("rope_theta", get.number("rope_theta", 160_000.0 if native else 10_000.0))
+    return _rope_of(read, theta, known, f"{where} type {{}}", longest)
 
 
 def _rope_of(read: Reader, theta: float, known: tuple[str, ...], name: str, longest: int) -> Rope:

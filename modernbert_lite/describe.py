@@ -42,7 +42,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
     return {
         "folder": str(checkpoint.root),
         "architecture": config.architecture,
-        "use": checkpoint.use + (" (encode, encode_sparse)" if getattr(config, "sparse", False) else ""),
+        "use": checkpoint.use + (" (encode, encode_sparse)" if checkpoint.sparse else ""),
         "parameters": parameters,
         "stored as": ", ".join(stored),
         "hidden size": config.hidden_size,
@@ -53,7 +53,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
         **(_of_modernbert(config) if isinstance(config, ModernBertConfig) else _of_gte(config)),
         "max length": length_limit(sentence, checkpoint.folder, config.max_position_embeddings),
         "pooling": "+".join(pooling.modes) if pooling else "none said",
-        "dense": len(sentence.dense_paths),
+        "dense": len(sentence.dense),
         "normalizes": sentence.normalize,
         "prompts": dict(sentence.prompts or {}),
         "similarity": sentence.similarity_fn_name,
@@ -98,7 +98,6 @@ def _of_gte(config: GteConfig) -> dict[str, Any]:
         "activation": config.hidden_act,
         "token types": config.type_vocab_size,
         "layers' norms": config.layer_norm_type,
-        "sparse token weights": config.sparse,
     }
 
 

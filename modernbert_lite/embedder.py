@@ -12,13 +12,12 @@ from torch import Tensor
 
 from . import pooling
 from .batch import PackedBatch
-from .config import GteConfig
 from .heads import GteTokenClassifier, encoder_class
-from .pipeline import Checkpoint, Pipeline, check_text, length, warn
+from .pipeline import Checkpoint, Pipeline, check_text, check_texts, length, warn
 from .pooling import PRECISIONS, quantize_embeddings
 from .reading import CheckpointError, OptionError
 from .st_config import Pooling, finish, on_vectors
-from .weights import BUNDLED, stores
+from .weights import BUNDLED
 
 
 class Embedder(Pipeline):
@@ -27,6 +26,7 @@ class Embedder(Pipeline):
     `from_pretrained` for all of them. Without a path_or_id that takes the bundled model, and says so on stderr."""
 
     default_model = BUNDLED
+    own_options = ("truncate_dim",)
 
     def __init__(self, checkpoint: Checkpoint, *, truncate_dim: int | None = None, **options: Any):
         self.check(checkpoint)
@@ -35,13 +35,11 @@ class Embedder(Pipeline):
             raise checkpoint.refuse("embedding model")
         if sentence.pooling is None:
             warn(
-                f"{checkpoint.root} has no pooling files: it is not an embedding model. Its tokens are averaged, and "
-                "unrelated texts will look alike"
+                f"{checkpoint.root} has no pooling files: it is not an embedding model, or lacks modules.json and "
+                "1_Pooling/config.json. Its tokens are averaged, and unrelated texts will look alike"
             )
-        config = checkpoint.config
-        # Its dense vectors need no classifier, so a file without one opens, too.
-        self.sparse = isinstance(config, GteConfig) and config.sparse and stores(checkpoint.folder, "classifier.weight")
-        super().__init__(checkpoint, GteTokenClassifier if self.sparse else encoder_class(config), **options)
+        self.sparse = checkpoint.sparse
+        super().__init__(checkpoint, GteTokenClassifier if self.sparse else encoder_class(checkpoint.config), **options)
         self.prompts = dict(sentence.prompts or {})
         self.default_prompt_name = sentence.default_prompt_name
         self.similarity_fn_name = sentence.similarity_fn_name
@@ -50,7 +48,7 @@ class Embedder(Pipeline):
         encoder = self.model.model if self.sparse else self.model
         self.network = self.graphed(self.model, partial(_forward, encoder, self.pooling.modes))
         width = self.config.hidden_size * len(self.pooling.modes)
-        self.dense = on_vectors(checkpoint.root, sentence.dense_paths, width, self.device)
+        self.dense = on_vectors(checkpoint.root, sentence.dense, width, self.device)
         self.dimension = self.dense[-1].out_features if self.dense else width
         self.truncate_dim = self._check_dim(truncate_dim)
 
@@ -75,10 +73,8 @@ class Embedder(Pipeline):
         terminal. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode.
         """
         if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
-        given: object = sentences
-        if isinstance(given, bytes) or not isinstance(given, Iterable):
-            raise TypeError(f"sentences is {type(given).__name__}; it must be a str or an iterable of str")
+            raise OptionError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        check_texts(sentences, "sentences")
         single = isinstance(sentences, str)
         texts = [sentences] if isinstance(sentences, str) else sentences
         stream = self.stream(
@@ -139,6 +135,7 @@ class Embedder(Pipeline):
 
         As gte-multilingual-base's card has it: a token's weight is the larger one of 0 and the token classifier's
         logit, the largest where a token comes several times; tokens without a weight, and special ones, are left out.
+        Tokens are as decoded, without SentencePiece's mark of a word's start: a lone one is "".
         Two texts match by the sum, over the tokens that they share, of the products of both weights. Raises
         CheckpointError for a model that doesn't have such weights.
         """
@@ -147,6 +144,7 @@ class Embedder(Pipeline):
                 f"this {self.config.architecture} has no sparse token weights: they need a token classifier of one "
                 "label beside the encoder, as in Alibaba-NLP/gte-multilingual-base"
             )
+        check_texts(sentences, "sentences")
         single = isinstance(sentences, str)
         texts = [sentences] if isinstance(sentences, str) else sentences
 

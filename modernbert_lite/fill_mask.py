@@ -9,7 +9,7 @@ import torch
 
 from .batch import PackedBatch
 from .heads import network_class
-from .pipeline import Checkpoint, Pipeline, check_text, length
+from .pipeline import Checkpoint, Pipeline, check_text, check_texts, length
 from .reading import CheckpointError, OptionError
 
 Prediction = dict[str, Any]
@@ -23,7 +23,9 @@ class FillMask(Pipeline):
         self.check(checkpoint)
         architecture = checkpoint.config.architecture
         if "ForMaskedLM" not in architecture:
-            raise CheckpointError(f"{checkpoint.root} holds a {architecture}; FillMask needs a ...ForMaskedLM")
+            raise CheckpointError(
+                f"{checkpoint.root} holds a {architecture}; FillMask needs a ...ForMaskedLM: use {checkpoint.use}"
+            )
         super().__init__(checkpoint, network_class(architecture), **options)
         encoder: Any = self.model.model
         self.network = self.graphed(encoder)
@@ -41,6 +43,7 @@ class FillMask(Pipeline):
         """
         if not 0 < top_k <= self.config.vocab_size:
             raise OptionError(f"top_k is {top_k}; it must be from 1 to {self.config.vocab_size}")
+        check_texts(texts, "texts")
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else texts
 

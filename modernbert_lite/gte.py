@@ -62,11 +62,6 @@ class Embeddings(nn.Module):
             ids = batch.token_type_ids if types.num_embeddings > 1 else None
             x = x + (types.weight[0] if ids is None else types(ids))
         if self.position_embeddings is not None:
-            if batch.max_seqlen > self.position_embeddings.num_embeddings:
-                raise ValueError(
-                    f"a sequence has {batch.max_seqlen} tokens; this model's table of positions has "
-                    f"{self.position_embeddings.num_embeddings}"
-                )
             x = x + self.position_embeddings(batch.position_ids)
         return self.LayerNorm(x)
 

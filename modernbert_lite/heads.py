@@ -53,9 +53,6 @@ class MaskedLM(nn.Module):
 class Classifier(nn.Module):
     """What the two classifiers share: their modules, which have the same names in a checkpoint."""
 
-    config: Config
-    model: ModernBert | Gte
-
     def __init__(self, config: ModernBertConfig):
         super().__init__()
         self.config = config
@@ -68,7 +65,7 @@ class SequenceClassifier(Classifier):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (B, labels): pooled first (by the config's `classifier_pooling`), then head and classifier."""
         check_batch(batch, self.config)
-        mode = self.config.classifier_pooling if isinstance(self.config, ModernBertConfig) else "cls"
+        mode = self.config.classifier_pooling
         if mode == "cls":
             pooled = self.model(batch, pooling.rows(batch, ["cls"]))  # (B, C)
         else:
@@ -114,9 +111,9 @@ class GtePredictionHead(nn.Module):
         return self.decoder(self.norm(ops.activation(self.act)(self.dense(x))))
 
 
-class GteSequenceClassifier(SequenceClassifier):
+class GteSequenceClassifier(nn.Module):
     def __init__(self, config: GteConfig):
-        nn.Module.__init__(self)
+        super().__init__()
         self.config = config
         self.model = Gte(config)
         self.pooler = GtePooler(config)
@@ -137,9 +134,9 @@ class GtePooler(nn.Module):
         return torch.tanh(self.dense(x))
 
 
-class GteTokenClassifier(TokenClassifier):
+class GteTokenClassifier(nn.Module):
     def __init__(self, config: GteConfig):
-        nn.Module.__init__(self)
+        super().__init__()
         self.config = config
         self.model = Gte(config)
         self.classifier = nn.Linear(config.hidden_size, len(config.labels))
@@ -148,15 +145,18 @@ class GteTokenClassifier(TokenClassifier):
         return self.classifier(self.model(batch))
 
 
+_GTE: dict[str, type[nn.Module]] = {
+    "Model": Gte,
+    "ForMaskedLM": GteMaskedLM,
+    "ForSequenceClassification": GteSequenceClassifier,
+    "ForTokenClassification": GteTokenClassifier,
+}
 ARCHITECTURES: dict[str, type[nn.Module]] = {
     "ModernBertModel": ModernBert,
     "ModernBertForMaskedLM": MaskedLM,
     "ModernBertForSequenceClassification": SequenceClassifier,
     "ModernBertForTokenClassification": TokenClassifier,
-    **{f"{name}Model": Gte for name in ("New", "Gte")},
-    **{f"{name}ForMaskedLM": GteMaskedLM for name in ("New", "Gte")},
-    **{f"{name}ForSequenceClassification": GteSequenceClassifier for name in ("New", "Gte")},
-    **{f"{name}ForTokenClassification": GteTokenClassifier for name in ("New", "Gte")},
+    **{f"{name}{end}": network for name in ("New", "Gte") for end, network in _GTE.items()},
 }
 # What runs an architecture for its user, by the end of its name.
 _USES = {"Model": "Embedder", "ForMaskedLM": "FillMask", "ForSequenceClassification": "Reranker"}

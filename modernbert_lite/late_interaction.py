@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .batch import PackedBatch, pack
 from .heads import encoder_class
-from .pipeline import Checkpoint, Pipeline, check_text, length
+from .pipeline import Checkpoint, Pipeline, check_text, check_texts, length
 from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown
-from .st_config import Dense, finish, length_limit
+from .st_config import finish, length_limit, on_vectors
 
 # Of maxsim: the tokens of documents, and the dot products, that are in memory at a time, if one pair needs no more.
 _DOCUMENT_TOKENS, _PRODUCTS = 1 << 13, 1 << 23
@@ -72,6 +72,8 @@ class LateInteraction(Pipeline):
     repository's own or given to `from_pretrained`; `prompts` has what "query" and "document" texts begin with;
     `dimension` is the width of the vectors. Short queries are padded to `padded_length` (0: none are)."""
 
+    own_options = ("query_length",)
+
     def __init__(self, checkpoint: Checkpoint, *, query_length: int | None = None, **options: Any):
         self.check(checkpoint)
         sentence, config, late = checkpoint.sentence, checkpoint.config, checkpoint.sentence.late
@@ -84,12 +86,9 @@ class LateInteraction(Pipeline):
         self.similarity_fn_name = sentence.similarity_fn_name
         self.normalizes = sentence.normalize
         self.network = self.graphed(self.model)
-        self.dense = [Dense(checkpoint.root / path, self.device, "token_embeddings") for path in sentence.dense_paths]
-        self.dimension = config.hidden_size
-        for path, dense in zip(sentence.dense_paths, self.dense, strict=True):
-            if dense.in_features != self.dimension:
-                raise CheckpointError(f"{path}: in_features is {dense.in_features}; it gets {self.dimension}")
-            self.dimension = dense.out_features
+        width, on = config.hidden_size, "token_embeddings"
+        self.dense = on_vectors(checkpoint.root, sentence.dense, width, self.device, on)
+        self.dimension = self.dense[-1].out_features if self.dense else width
         for prefix in late.prefixes:
             self.tokenizer.keep_whole(prefix)
         found = [self.tokenizer.id_of(word) for word in late.skiplist_words]
@@ -98,10 +97,14 @@ class LateInteraction(Pipeline):
         usual = length_limit(sentence, checkpoint.folder, config.max_position_embeddings)
         self.query_length = (late.query_length or usual) if query_length is None else query_length
         bare = len(self.tokenizer.encode([""])[0][0])
-        if self.query_length <= bare:
-            raise OptionError(f"query_length is {self.query_length}; it must be over {bare}, the special tokens")
         # Where queries are cut to the length that they are padded to, one number stands for both.
         self.padded_length = self.query_length if late.padded_length == late.query_length else late.padded_length
+        longest = max(usual, config.max_position_embeddings)
+        if self.query_length <= bare or max(self.query_length, self.padded_length) > longest:
+            raise (CheckpointError if query_length is None else OptionError)(
+                f"query_length is {self.query_length}, the expansion's length {self.padded_length}; they must be over "
+                f"{bare}, the special tokens, and no more than {longest}, what the model has positions for"
+            )
         self.attends = late.attends
         if self.padded_length:
             self.padding_id = self._find_padding(late.padding_token, checkpoint.folder)
@@ -125,19 +128,19 @@ class LateInteraction(Pipeline):
         have no vector."""
         return self._encode("document", texts, show_progress_bar)
 
+    encode_query, encode_document = encode_queries, encode_documents  # sentence-transformers' names
     maxsim = staticmethod(maxsim)
 
     def similarity(self, queries: Sequence[Any] | np.ndarray, documents: Sequence[Any] | np.ndarray) -> np.ndarray:
         """`maxsim`, (Q, D), by `similarity_fn_name`: with "meanmaxsim" over the number of the query's tokens."""
-        scores = maxsim(queries, documents)
+        asked = _checked(queries, "query")
+        scores = maxsim(asked, documents)
         if self.similarity_fn_name == "meanmaxsim":
-            scores /= np.array([[len(query)] for query in _checked(queries, "query")], np.float32)
+            scores /= np.array([len(query) for query in asked], np.float32)[:, None]
         return scores
 
     def _encode(self, task: str, texts: str | Iterable[str], show_progress_bar: bool | None) -> Any:
-        given: object = texts
-        if isinstance(given, bytes) or not isinstance(given, Iterable):
-            raise TypeError(f"texts is {type(given).__name__}; it must be a str or an iterable of str")
+        check_texts(texts, "texts")
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else texts
         if isinstance(items, (list, tuple)):  # a mistake is found before any work is done, not after

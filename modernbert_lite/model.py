@@ -55,11 +55,19 @@ def check_batch(batch: PackedBatch, config: Config, rows: Tensor | None = None) 
             f"token id {batch.max_id} is outside the vocabulary (ids 0 to {config.vocab_size - 1}); "
             "was the text tokenized for another model?"
         )
-    types = config.type_vocab_size if isinstance(config, GteConfig) else 0
-    if types > 1 and batch.max_type >= types:
-        raise ValueError(f"token type {batch.max_type} is outside the model's table (types 0 to {types - 1})")
+    if isinstance(config, GteConfig):
+        _check_tables(batch, config)
     if rows is not None and rows.shape != (batch.cu_seqlens.shape[0] - 1,):
         raise ValueError(f"rows is {tuple(rows.shape)}; it must be ({batch.cu_seqlens.shape[0] - 1},): one a sequence")
+
+
+def _check_tables(batch: PackedBatch, config: GteConfig) -> None:
+    types, positions = config.type_vocab_size, config.max_position_embeddings
+    if types > 1 and batch.max_type >= types:
+        raise ValueError(f"token type {batch.max_type} is outside the model's table (types 0 to {types - 1})")
+    if config.position_embedding_type == "absolute" and any(n > positions for n in batch.seqlens):
+        longest = max(batch.seqlens)
+        raise ValueError(f"a sequence has {longest} tokens; this model's table of positions has {positions}")
 
 
 class Embeddings(nn.Module):

@@ -80,6 +80,13 @@ def match(
         elif shape != wanted:
             problems.append(f"{key} has the shape {shape}, the config asks for {wanted}")
         stored.setdefault((piece, pieces), (path, key))
+    if not found:
+        keys = [key for keys in files.values() for key in keys]
+        allowed = ", ".join(repr(prefix) for prefix in names.prefixes)
+        what = f"names such as {keys[0]!r}" if keys else "no tensor at all"
+        return {}, [
+            f"it has {what}; a {type(encoder).__name__}'s begin with {names.parts[0]!r}, after one of {allowed}"
+        ]
     if len(first_with) > 1:
         allowed = ", ".join(repr(prefix) for prefix in names.prefixes)
         problems.append(f"{' and '.join(first_with.values())} have different prefixes; all must have one of {allowed}")

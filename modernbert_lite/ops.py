@@ -174,15 +174,15 @@ def _can_accumulate(x: Tensor, weight: Tensor, residual: Tensor) -> bool:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None) -> Tensor:
     """(T, C) -> (T, C), statistics over C; weight and bias (C,). With a residual (T, C), of x + residual. The result is
     in the weight's dtype where x, a sum that a fast `linear` keeps in fp32, is wider."""
-    if residual is not None and not _norms_by_a_kernel(x, weight, bias, residual):
-        x, residual = residual + x, None
-    if x.device.type == "cpu" and x.dtype == torch.float32 != weight.dtype:
-        y = F.layer_norm(x, x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps)
-        return y.to(weight.dtype)
-    if _norms_by_a_kernel(x, weight, bias, residual):
+    wide = x.device.type == "cpu" and x.dtype == torch.float32 != weight.dtype
+    if not wide and _norms_by_a_kernel(x, weight, bias, residual):
         from . import gpu
 
         return gpu.layer_norm(x, weight, bias, eps, residual)
+    x = x if residual is None else residual + x
+    if wide:
+        y = F.layer_norm(x, x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps)
+        return y.to(weight.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -370,7 +370,8 @@ def logn_scale(batch: PackedBatch, base: int, clip: bool) -> Tensor:
     tokens = torch.arange(len(batch.input_ids), dtype=torch.int32, device=cu_seqlens.device)
     # A batch of CUDA graphs has tokens that belong to no sequence: they take the last one's.
     owner = torch.bucketize(tokens, cu_seqlens[1:-1], right=True)
-    scale = cu_seqlens.diff().float().log()[owner] / math.log(base)
+    lengths = cu_seqlens.diff() if batch.key_seqlens is None else cu_seqlens.new_tensor(batch.key_seqlens)
+    scale = lengths.float().log()[owner] / math.log(base)
     return (scale.clamp(min=1.0) if clip else scale)[:, None, None]
 
 
@@ -389,12 +390,17 @@ def _runs(batch: PackedBatch, T: int) -> Iterator[tuple[int, int, int, int]]:
     seqlens = batch.seqlens
     if sum(seqlens) != T:
         raise ValueError(f"the batch's seqlens add up to {sum(seqlens)}; the tensor has {T} tokens")
-    start = 0
-    for (length, keys), group in groupby(zip(seqlens, batch.key_seqlens or seqlens, strict=True)):
+    # Two groupbys, of numbers: torch.compile can't trace one of pairs.
+    start = first = 0
+    for length, group in groupby(seqlens):
         count = sum(1 for _ in group)
-        if length:
-            yield start, count, length, keys
-        start += count * length
+        seen = (length,) * count if batch.key_seqlens is None else batch.key_seqlens[first : first + count]
+        first += count
+        for keys, same in groupby(seen):
+            alike = sum(1 for _ in same)
+            if length:
+                yield start, alike, length, keys
+            start += alike * length
 
 
 @cached(256)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,17 +19,27 @@ from .batch import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, PackedBatch, pack, plan_b
 from .config import Config, GteConfig, read_config
 from .graphs import MAX_TOKENS, Graphed
 from .heads import use
-from .reading import CheckpointError
+from .reading import CheckpointError, OptionError
 from .st_config import SentenceConfig, length_limit, read_sentence_config
 from .threads import bound_tokenizer, set_threads
 from .tokenizer import Text, Tokenizer
-from .weights import find_checkpoint, load_weights, network_folder
+from .weights import find_checkpoint, load_weights, network_folder, stores
 
 ON_LONG = ("truncate", "error")
 # A window of texts is read, sorted and embedded at a time: this bounds memory, whatever the input's length.
 _WINDOW_TEXTS, _WINDOW_CHARACTERS = 4_096, 1 << 20
 # Of a window, so many are tokenized while the ones before them are embedded.
 _PIECE_CHARACTERS = 1 << 16
+# What users of other libraries try.
+_HINTS = {
+    "trust_remote_code": "leave it out, no code of a repository is ever run",
+    "torch_dtype": "it is dtype here",
+    "model_kwargs": "dtype and device are options of their own here",
+    "cache_folder": "set HF_HUB_CACHE, or give a folder",
+    "max_length": "it is max_seq_length here",
+    "document_length": "it is max_seq_length here",
+    "batch_size": "batches are of so many tokens here: batch_tokens",
+}
 _STRONGER_MODEL = "Alibaba-NLP/gte-modernbert-base"
 
 P = TypeVar("P", bound="Pipeline")
@@ -63,6 +73,12 @@ class Checkpoint:
             return "Reranker"
         return "Embedder" if self.sentence.pooling else use(self.config.architecture)
 
+    @property
+    def sparse(self) -> bool:
+        """Whether the encoder's tokens have sparse weights: by the config, and by the file, which may lack them."""
+        told = isinstance(self.config, GteConfig) and self.config.sparse
+        return told and stores(self.folder, "classifier.weight")
+
     def refuse(self, wanted: str) -> CheckpointError:
         """The error that it is no `wanted`."""
         return CheckpointError(f"{self.root} holds a {self.config.architecture}, no {wanted}: use {self.use} for it")
@@ -72,6 +88,7 @@ class Pipeline:
     """A network, its tokenizer, and how they are fed."""
 
     default_model: ClassVar[str | None] = None
+    own_options: ClassVar[tuple[str, ...]] = ()  # of from_pretrained, beside those that all classes have
 
     @classmethod
     def from_pretrained(
@@ -101,6 +118,10 @@ class Pipeline:
         Raises CheckpointError for a checkpoint that is missing, damaged, unsupported, or another class's: it names it;
         OptionError for more threads than there are processors.
         """
+        for name in own:
+            if name not in cls.own_options:
+                hint = f": {_HINTS[name]}" if name in _HINTS else ""
+                raise TypeError(f"{cls.__name__}.from_pretrained has no option {name!r}{hint}")
         set_threads(threads)
         if path_or_id is None:
             if cls.default_model is None:
@@ -135,9 +156,9 @@ class Pipeline:
         cuda_graphs: bool,
     ):
         if on_long not in ON_LONG:
-            raise ValueError(f"on_long is {on_long!r}; it must be one of {', '.join(ON_LONG)}")
+            raise OptionError(f"on_long is {on_long!r}; it must be one of {', '.join(ON_LONG)}")
         if batch_tokens is not None and batch_tokens < 1:
-            raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+            raise OptionError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         config = checkpoint.config
         longest = length_limit(checkpoint.sentence, checkpoint.folder, config.max_position_embeddings)
         self.config = config
@@ -273,6 +294,12 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def check_texts(texts: object, name: str) -> None:
+    """Raises TypeError for what is neither a str nor an iterable of them, and for a dict, whose keys would be taken."""
+    if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name} is {type(texts).__name__}; it must be a str or an iterable of str")
 
 
 def check_text(text: object, i: int) -> str:

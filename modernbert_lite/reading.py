@@ -40,6 +40,8 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     try:
         content = path.read_bytes() if path.stat().st_size <= limit else None
         value = None if content is None else json.loads(content)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint was not downloaded whole") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
     if content is None:

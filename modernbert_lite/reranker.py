@@ -35,7 +35,7 @@ class Reranker(Pipeline):
         if sentence.scores:  # an encoder, whose head lies in sentence-transformers' modules
             modes = (sentence.pooling or Pooling()).modes
             width = self.config.hidden_size * len(modes)
-            head = on_vectors(checkpoint.root, sentence.dense_paths, width, self.device)
+            head = on_vectors(checkpoint.root, sentence.dense, width, self.device)
             self.network = partial(_pool_and_score, self.network, modes, head)
             self.labels = tuple(f"LABEL_{i}" for i in range(head[-1].out_features))
         named = checkpoint.sentence.activation_fn or self.config.activation_fn
@@ -57,7 +57,7 @@ class Reranker(Pipeline):
         """
         single = isinstance(pairs, (list, tuple)) and len(pairs) == 2 and all(isinstance(p, str) for p in pairs)
         items: Any = [pairs] if single else pairs
-        activate = score_activation(activation_fn) if isinstance(activation_fn, str) else activation_fn
+        activate = score_activation(activation_fn, OptionError) if isinstance(activation_fn, str) else activation_fn
         activate = activate or self.activation_fn
 
         def forward(batch: PackedBatch) -> Tensor:

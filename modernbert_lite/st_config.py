@@ -29,7 +29,7 @@ _OLD_POOLING_KEYS = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "Identity": lambda x: x,
+    "Identity": nn.Identity(),
     "Sigmoid": torch.sigmoid,
     "Tanh": torch.tanh,
     "ReLU": torch.relu,
@@ -63,7 +63,7 @@ class SentenceConfig:
     """What a repository says about making sentence vectors. Without files: mean pooling, as sentence-transformers."""
 
     pooling: Pooling | None = None  # None: no file says so
-    dense_paths: tuple[str, ...] = ()  # of Dense and LayerNorm modules
+    dense: tuple[tuple[str, str], ...] = ()  # Dense and LayerNorm modules: kind and path
     scores: bool = False  # the last of them gives a cross-encoder's scores
     normalize: bool = False
     prompts: Mapping[str, str] | None = None
@@ -97,7 +97,7 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
         if kind == "Pooling" and not late:
             found["pooling"] = _pooling(where)
         elif kind == "Dense" or (kind == "LayerNorm" and not late):
-            found["dense_paths"] = (*found.get("dense_paths", ()), place)
+            found["dense"] = (*found.get("dense", ()), (kind, place))
             found["scores"] = read_json(where / "config.json").get("module_output_name") == "scores"
         elif kind == "Normalize":
             found["normalize"] = True
@@ -137,6 +137,9 @@ def _texts(path: Path, config: dict[str, Any], late: bool) -> dict[str, Any]:
     prefixes = {task: config.get(f"{task}_prefix") or "" for task in ("query", "document") if late}
     if not all(isinstance(p, str) for p in prefixes.values()):
         raise CheckpointError(f"{path}: the prefixes of queries and documents are {shown(prefixes)}, no strings")
+    for text in (*prompts.values(), *prefixes.values()):
+        if text != text.encode(errors="replace").decode():
+            raise CheckpointError(f"{path}: {shown(text)} is not valid Unicode")
     default = config.get("default_prompt_name")
     if default is not None and default not in list(prompts):
         raise CheckpointError(
@@ -162,9 +165,10 @@ def _late(pylate: dict[str, Any], own: dict[str, Any], mask: dict[str, Any]) -> 
     sentence-transformers has the same; mask: of the module MultiVectorMask."""
     get = Reader({**pylate, **own})
     longest, padded, raw = _length(get, "query_length"), 0, get.mapping("query_expansion")
-    if "query_expansion" not in get.raw and pylate and pylate.get("do_query_expansion") is not False:
-        attends = pylate.get("attend_to_expansion_tokens", pylate.get("attend_to_mask_tokens"))
-        raw = {"strategy": "fixed", "attend": bool(attends), "length": longest or 32}
+    if "query_expansion" not in get.raw and pylate and get.flag("do_query_expansion", True, strings=True):
+        older = get.flag("attend_to_mask_tokens", False, strings=True)
+        attends = get.flag("attend_to_expansion_tokens", older, strings=True)
+        raw = {"strategy": "fixed", "attend": attends, "length": longest or 32}
     expansion = Reader(raw)
     if raw:
         padded = expansion.whole("length", 0)
@@ -221,13 +225,13 @@ def length_limit(sentence: SentenceConfig, folder: Path, max_position_embeddings
     return max_position_embeddings
 
 
-def score_activation(name: object) -> Callable[[Tensor], Tensor]:
+def score_activation(name: object, error: type[ValueError] = CheckpointError) -> Callable[[Tensor], Tensor]:
     """An activation by its dotted torch name ("torch.nn.modules.activation.Sigmoid") or its last part."""
     text = "Identity" if name is None else name if isinstance(name, str) else ""
     last = text.rpartition(".")[2].lower()
     known = {key.lower(): function for key, function in _ACTIVATIONS.items()}
     if last not in known or ("." in text and not text.startswith("torch.")):
-        raise CheckpointError(f"activation function {shown(name)} is not supported; known: {', '.join(_ACTIVATIONS)}")
+        raise error(f"activation function {shown(name)} is not supported; known: {', '.join(_ACTIVATIONS)}")
     return known[last]
 
 
@@ -270,16 +274,18 @@ class Norm:
         return nn.functional.layer_norm(x, x.shape[-1:], self.tensors["norm.weight"], self.tensors["norm.bias"])
 
 
-def on_vectors(root: Path, paths: Iterable[str], width: int, device: torch.device) -> list[Dense | Norm]:
-    """The modules that change pooled vectors of `width`. Raises CheckpointError for one that gets another width."""
-    modules: list[Dense | Norm] = []
-    for path in paths:
-        module = Norm if "dimension" in read_json(root / path / "config.json") else Dense
-        modules.append(module(root / path, device))
-        if modules[-1].in_features != width:
-            raise CheckpointError(f"{path}: in_features is {modules[-1].in_features}; it gets {width}")
-        width = modules[-1].out_features
-    return modules
+def on_vectors(
+    root: Path, modules: Iterable[tuple[str, str]], width: int, device: torch.device, on: str = "sentence_embedding"
+) -> list[Dense | Norm]:
+    """The modules that change pooled vectors of `width`, or `on` tokens'. Raises CheckpointError for one that gets
+    another width."""
+    made: list[Dense | Norm] = []
+    for kind, path in modules:
+        made.append(Norm(root / path, device) if kind == "LayerNorm" else Dense(root / path, device, on))
+        if made[-1].in_features != width:
+            raise CheckpointError(f"{path}: in_features is {made[-1].in_features}; it gets {width}")
+        width = made[-1].out_features
+    return made
 
 
 def finish(x: Tensor, dense: Sequence[Dense | Norm], unit: bool, truncate_dim: int | None) -> Tensor:

@@ -40,7 +40,10 @@ class Tokenizer:
         Raises CheckpointError for a missing or malformed tokenizer.json, ValueError for a max_length too small."""
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError(f"no tokenizer.json in {folder}; save it with transformers' fast tokenizer")
+            raise CheckpointError(
+                f'no tokenizer.json in {folder}; transformers makes one of older files: python -c "from transformers '
+                "import AutoTokenizer as T; T.from_pretrained('FOLDER').save_pretrained('FOLDER')\""
+            )
         beside = folder / "tokenizer_config.json"
         settings = read_json(beside, MAX_TOKENIZER_JSON_BYTES) if beside.is_file() else {}
         side = settings.get("truncation_side") or "right"
@@ -120,10 +123,12 @@ class Tokenizer:
             return before + len(self._rust.encode(prompt, add_special_tokens=False).ids)
 
     def id_of(self, token: str) -> int | None:
-        """Of a token as the vocabulary spells it."""
-        with _no_panic(f"token {token!r:.60} can't be looked up"):
+        """Of a token as the vocabulary spells it; None for one that isn't in it."""
+        try:
             found: int | None = self._rust.token_to_id(token)
-            return found
+        except UnicodeEncodeError:  # half of a surrogate pair
+            return None
+        return found
 
     def keep_whole(self, prefix: str) -> None:
         """Makes a text that starts with this token, or with its first word, start with its id, whatever the normalizer
@@ -196,8 +201,8 @@ class Tokenizer:
         """The token that the files beside tokenizer.json have under this key, else the first of `names` there is."""
         found = [source.get(key) for source in sources]
         for token in (*(f.get("content") if isinstance(f, dict) else f for f in found), *names):
-            if isinstance(token, str) and self._rust.token_to_id(token) is not None:
-                return token, self._rust.token_to_id(token)
+            if isinstance(token, str) and self.id_of(token) is not None:
+                return token, self.id_of(token)
         return None, None
 
 

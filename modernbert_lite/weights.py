@@ -23,6 +23,11 @@ from .threads import set_threads
 
 BUNDLED = "tiny"
 INDEX = "model.safetensors.index.json"
+# clone: tied tensors share memory, which safetensors refuses.
+CONVERT = (
+    'Convert it once, in its folder: python -c "import torch, safetensors.torch as s; s.save_file({{k: v.clone() '
+    "for k, v in torch.load('{}', weights_only=True).items()}}, 'model.safetensors')\""
+)
 # Without some of these a model still opens, and may give other numbers: a cache that doesn't know whether the
 # repository has them is not complete. The first two lie at the top, the others beside the network's config.json.
 _TOP = ("modules.json", "config_sentence_transformers.json")
@@ -138,7 +143,10 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
     if local_files_only or hub.constants.HF_HUB_OFFLINE:
         if cached is not None:
             return cached
-        raise CheckpointError(f"{repo} is not in the hub cache, and the network is not allowed (offline mode)")
+        raise CheckpointError(
+            f"{repo} is not in the hub cache, and the network is not allowed (local_files_only, or HF_HUB_OFFLINE is "
+            "set). A model can be fetched elsewhere, and its folder given instead"
+        )
     try:
         # Fails at once where the hub can't be reached; snapshot_download alone would quietly settle for the cache.
         hub.HfApi(token=token).model_info(repo, revision=revision, timeout=10)
@@ -175,7 +183,8 @@ def _is_complete(folder: Path, repo: str) -> bool:
         for name in _names(folder)
     ):
         return False
-    parts = [m.get("path") for m in read_modules(folder) if str(m.get("type")).endswith((".Pooling", ".Dense"))]
+    with_files = (".Pooling", ".Dense", ".LayerNorm", ".MultiVectorMask")
+    parts = [m.get("path") for m in read_modules(folder) if str(m.get("type")).endswith(with_files)]
     return all((inside(folder, path, "modules.json") / "config.json").is_file() for path in parts)
 
 
@@ -219,10 +228,11 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{folder / INDEX} has no weight_map")
         return [inside(folder, shard, INDEX) for shard in sorted(set(map(str, shards.values())))]
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    found = f"it has only {', '.join(pickled)}; pickle files can run code and are never read. " if pickled else ""
+    if not pickled:
+        raise CheckpointError(f"no model.safetensors in {folder}")
     raise CheckpointError(
-        f"no model.safetensors in {folder}: {found}Convert a pickle checkpoint once, where you trust it: "
-        "python -c \"from transformers import AutoModel as M; M.from_pretrained('FOLDER').save_pretrained('NEW')\""
+        f"no model.safetensors in {folder}: it has only {', '.join(pickled)}; pickle files can run code and are never "
+        f"read. {CONVERT.format(pickled[0])}"
     )
 
 
@@ -230,10 +240,15 @@ def open_safetensors(path: Path) -> Any:
     """A memory-mapped safetensors file. Raises CheckpointError for one that is missing, cut short or malformed."""
     try:
         with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
+            first = file.read(8)
+        header = int.from_bytes(first, "little")
+        if first == b"version ":
+            raise CheckpointError(f"{path} is a pointer of git-lfs, not the weights: run `git lfs pull` in its folder")
         if header > _MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: its header claims {header} bytes, more than {_MAX_HEADER_BYTES}: damaged")
         return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint was not downloaded whole") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} can't be read as safetensors ({error}): damaged or cut short?") from None
 
@@ -259,7 +274,7 @@ def load_weights(
     found, problems = match({path: _shapes(path) for path in weight_files(folder)}, expected, model)
     tied = model.TIED if isinstance(model, MaskedLM) and config.tie_word_embeddings else None
     missing = [name for name in expected if name not in found and not (tied and name == tied[0])]
-    problems = [f"missing {name}" for name in missing] + problems
+    problems = [f"missing {name}" for name in missing if found] + problems  # else the names themselves are strange
     if problems:
         more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"{folder} doesn't fit its config.json: {'; '.join(problems[:12])}{more}")

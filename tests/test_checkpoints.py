@@ -734,4 +734,4 @@ def test_readme_shows_the_table(monkeypatch):
         ]
         assert f"| `{entry['use']}`" in line
         published = any(entry["id"] in row["model"].split() for row in golden)
-        assert ("| yes |" if published else "| not known |") in line
+        assert ("| known |" if published else "| not known |") in line

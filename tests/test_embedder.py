@@ -97,7 +97,7 @@ def test_an_empty_string_is_embedded(tiny):
     assert_same(vectors[:1], tiny.encode([""]))
 
 
-@pytest.mark.parametrize("kind", [tuple, iter, lambda t: (x for x in t), lambda t: dict.fromkeys(t), np.array])
+@pytest.mark.parametrize("kind", [tuple, iter, lambda t: (x for x in t), lambda t: dict.fromkeys(t).keys(), np.array])
 def test_any_iterable_of_strings_is_taken(tiny, kind):
     texts = ["first", "second of them", "third"]
     assert_same(tiny.encode(kind(texts)), tiny.encode(texts))
@@ -515,3 +515,33 @@ def test_a_warning_points_at_the_caller():
             ["a text of many more words than eight tokens hold"]
         )
     assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize("bad", [{"text": "a row"}, b"bytes", 3, None])
+def test_what_is_no_text_is_refused(bad):
+    model = Embedder.from_pretrained("tiny", device="cpu")
+    with pytest.raises(TypeError, match=f"sentences is {type(bad).__name__}; it must be a str or an iterable of str"):
+        model.encode(bad)
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("trust_remote_code", "leave it out, no code of a repository is ever run"),
+        ("torch_dtype", "it is dtype here"),
+        ("batch_size", "batches are of so many tokens here: batch_tokens"),
+    ],
+)
+def test_options_of_other_libraries_are_answered_with_ours(option, hint):
+    with pytest.raises(TypeError, match=f"Embedder.from_pretrained has no option '{option}': {hint}"):
+        Embedder.from_pretrained("tiny", **{option: 1})
+    with pytest.raises(TypeError, match=r"Reranker.from_pretrained has no option 'truncate_dim'$"):
+        ml.Reranker.from_pretrained("tiny", truncate_dim=3)
+
+
+def test_bad_options_are_option_errors():
+    for options in ({"on_long": "cut"}, {"batch_tokens": 0}, {"dtype": "float8"}, {"truncate_dim": 0}):
+        with pytest.raises(ml.OptionError):
+            Embedder.from_pretrained("tiny", device="cpu", **options)
+    with pytest.raises(ml.OptionError, match="precision is 'int4'"):
+        Embedder.from_pretrained("tiny", device="cpu").encode("a", precision="int4")

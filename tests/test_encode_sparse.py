@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 import modernbert_lite as ml
 from modernbert_lite import CheckpointError, Embedder
+from modernbert_lite.describe import describe
 
 WORDS = ["the", "a", "cat", "sat", "on", "mat", "dog", "runs", "in", "park", "capital", "of", "france", "is", "paris"]
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in WORDS), *"abcdefghijklmnopqrstuvwxyz"]
@@ -294,6 +295,7 @@ def test_a_config_that_promises_weights_that_the_file_lacks(copied):
     embedder = Embedder.from_pretrained(copied, device="cpu")
     assert embedder.sparse is False
     assert embedder.encode("a cat").shape == (embedder.dimension,)
+    assert describe(str(copied))["use"] == "Embedder"
     with pytest.raises(CheckpointError, match="no sparse token weights"):
         embedder.encode_sparse("a cat")
     assert ml.load_model(copied)  # the encoder alone, which `architectures` names first

@@ -146,7 +146,7 @@ def test_the_mask_token_is_public(model):
 
 def test_another_checkpoint_is_refused(make_checkpoint):
     folder, _ = make_checkpoint(num_hidden_layers=1, hidden_size=32, num_attention_heads=1)
-    with pytest.raises(CheckpointError, match=r"holds a ModernBertModel; FillMask needs a \.\.\.ForMaskedLM"):
+    with pytest.raises(CheckpointError, match=r"a ModernBertModel; FillMask needs a \.\.\.ForMaskedLM: use Embedder"):
         FillMask.from_pretrained(folder)
 
 

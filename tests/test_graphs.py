@@ -139,6 +139,10 @@ def test_a_row_a_sequence(captures):
     assert len(captures) == 2  # one for each argument
 
 
+# Positions for every text, though not for the bucket that a text is put in.
+ABSOLUTE = {"position_embedding_type": "absolute", "max_position_embeddings": 72}
+
+
 def small_gte(**config) -> Gte:
     torch.manual_seed(0)
     sizes = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 1}
@@ -148,7 +152,9 @@ def small_gte(**config) -> Gte:
     return model.to(DEVICE).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("config", [{"type_vocab_size": 2}, {"type_vocab_size": 0}, {"logn_attention_scale": True}])
+@pytest.mark.parametrize(
+    "config", [{"type_vocab_size": 2}, {"type_vocab_size": 0}, {"logn_attention_scale": True}, ABSOLUTE]
+)
 def test_a_gte_replay_equals_the_eager_result_with_token_types_and_without(captures, config):
     model = small_gte(**config)
     graphed = graphs.Graphed(model, lambda batch, mode: model(batch, pooling.rows(batch, [mode])))

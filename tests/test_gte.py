@@ -1269,7 +1269,7 @@ def test_each_class_refuses_another_class_s_checkpoint_by_name(make):
         ml.Reranker.from_pretrained(base)
     with pytest.raises(CheckpointError, match="GteForMaskedLM, no reranker: use FillMask"):
         ml.Reranker.from_pretrained(mlm)
-    with pytest.raises(CheckpointError, match=r"GteModel; FillMask needs a \.\.\.ForMaskedLM"):
+    with pytest.raises(CheckpointError, match=r"GteModel; FillMask needs a \.\.\.ForMaskedLM: use Embedder"):
         ml.FillMask.from_pretrained(base)
     with pytest.raises(CheckpointError, match=r"GteForSequenceClassification, no embedding model: use Reranker"):
         ml.Embedder.from_pretrained(sequence)
@@ -1277,6 +1277,19 @@ def test_each_class_refuses_another_class_s_checkpoint_by_name(make):
         warnings.simplefilter("always")
         ml.Embedder.from_pretrained(base)
     assert ["no pooling files" in str(warning.message) for warning in caught] == [True]
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_compiled_whole_it_takes_batches_of_any_shape(make, dynamic):
+    """On the CPU, of plain weights; ModernBERT's network shares what is traced."""
+    network = ml.load_model(make()[0], packed=False).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(network, backend="eager", fullgraph=True, dynamic=dynamic)
+    for lengths in ([3, 70], [4, 66], [5, 5, 5]):
+        batch = ml.pack(sequences(lengths))
+        with torch.no_grad():
+            assert (compiled(batch) - network(batch)).abs().max() <= 1e-5
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("architecture", CLASSES)

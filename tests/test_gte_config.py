@@ -326,12 +326,18 @@ LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 REFUSED = {
     "unknown scaling": (
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        ["rope_scaling type 'dynamic'", "ntk", "linear"],
+        ["rope_scaling type 'dynamic'", "known: default, ntk"],
     ),
     "unknown parameters": (
         {"rope_scaling": None, "rope_parameters": {"rope_type": "longrope"}},
-        ["rope_parameters type 'longrope'", "ntk", "linear"],
+        ["rope_parameters type 'longrope'", "known: default, ntk"],
     ),
+    "a factor without a type": ({"rope_scaling": {"factor": 8.0}}, ["rope_scaling has ['factor']", "no type", "ntk"]),
+    "parameters by layer": (
+        {"model_type": "gte", "rope_scaling": None, "rope_parameters": {"full_attention": LINEAR}},
+        ["rope_parameters has ['full_attention']", "no type", "linear, yarn"],
+    ),
+    "linear in a NewConfig": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "known: default, ntk"]),
     "scaling's type is a number": ({"rope_scaling": {"type": 8}}, ["rope_scaling type 8", "known: ", "ntk"]),
     "scaling is a string": ({"rope_scaling": "ntk"}, ["rope_scaling is 'ntk'", "an object or null"]),
     "ntk without a factor": ({"rope_scaling": {"type": "ntk"}}, ["'ntk'", "factor", "a positive number"]),

@@ -19,6 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from modernbert_lite import weights
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the client forks")
 
 REPO = "someone/some-model"
@@ -617,3 +619,15 @@ def test_weights_that_are_cut_short_are_not_taken_for_a_whole_file(hub, run, enc
     message = failure(run(LOAD, options={}, no_sockets=True))
     assert WEIGHTS in message
     assert "cut short" in message
+
+
+@pytest.mark.parametrize("kind", ["Pooling", "Dense", "LayerNorm", "MultiVectorMask"])
+def test_a_snapshot_without_a_module_s_settings_is_not_complete(make_checkpoint, monkeypatch, kind):
+    folder, _ = make_checkpoint(num_hidden_layers=1)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: object())  # known not to be there
+    modules = [("", "sentence_transformers.models.Transformer"), ("1_Part", f"sentence_transformers.models.{kind}")]
+    (folder / "modules.json").write_text(json.dumps([{"path": path, "type": name} for path, name in modules]))
+    assert not weights._is_complete(folder, "some/model")
+    (folder / "1_Part").mkdir()
+    (folder / "1_Part" / "config.json").write_text("{}")
+    assert weights._is_complete(folder, "some/model")

@@ -1,7 +1,9 @@
 """LateInteraction: the same vectors as sentence-transformers' MultiVectorEncoder on the same folder, in PyLate's form
 and its own; MaxSim; and what is refused."""
 
+import copy
 import json
+import pickle
 import random
 import shutil
 import string
@@ -279,7 +281,7 @@ def test_lengths_are_the_repositorys_or_the_callers(pylate):
         assert [len(rows) for rows in model.encode_queries(["a", long])] == [12, 12]
     with pytest.warns(UserWarning, match="1 of 2 texts were longer than 20 tokens"):
         assert [len(rows) for rows in model.encode_documents(["a", long])] == [4, 20]
-    with pytest.raises(ValueError, match="query_length is 2; it must be over 2"):
+    with pytest.raises(ValueError, match=r"query_length is 2, .* they must be over 2, the special tokens"):
         LateInteraction.from_pretrained(folder, device="cpu", query_length=2)
     strict = LateInteraction.from_pretrained(folder, device="cpu", on_long="error")
     with pytest.raises(ValueError, match="text 1 is longer than 32 tokens"):
@@ -380,6 +382,14 @@ def test_an_embedder_refuses_a_late_interaction_model(pylate):
         ),
         ({"query_expansion": {"strategy": "most", "length": 3}}, "strategy is 'most'; it must be one of fixed, min"),
         ({"query_expansion": {"strategy": "min"}}, "length is 0"),
+        ({"query_length": 1 << 31}, "query_length is 2147483648, .* no more than 8192"),
+        (
+            {"query_expansion": {"strategy": "fixed", "length": 1 << 24}, "query_length": None},
+            "the expansion's length 16777216; .* than 8192",
+        ),
+        ({"attend_to_expansion_tokens": "no"}, "attend_to_expansion_tokens is 'no'"),
+        ({"query_prefix": "\ud800"}, "is not valid Unicode"),
+        ({"query_expansion": {"strategy": "min", "length": 9, "token": "\ud800"}}, "padded with .* is not known"),
         ({"query_expansion": {"strategy": "min", "length": 9, "attend": "no"}}, "attend is 'no'"),
         ({"query_expansion": {"strategy": "min", "length": 9, "token": 3}}, "token of query_expansion is 3"),
         (
@@ -469,3 +479,42 @@ def test_what_is_no_text_is_refused(pylate, bad):
     for encode in (model.encode_queries, model.encode_documents):
         with pytest.raises(TypeError, match="must be a str"):
             encode(bad)
+
+
+def test_half_a_surrogate_pair_is_a_word_that_no_vocabulary_has(pylate):
+    model = LateInteraction.from_pretrained(pylate(skiplist_words=["\ud800", "!"]), device="cpu")
+    assert len(model.skip_ids["document"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "padded"), [({"do_query_expansion": "false"}, 0), ({"attend_to_expansion_tokens": "false"}, 32)]
+)
+def test_booleans_may_be_strings(pylate, changes, padded):
+    model = LateInteraction.from_pretrained(pylate(**changes), device="cpu")
+    assert (model.padded_length, model.attends) == (padded, False)
+
+
+def test_a_longer_query_than_the_model_has_positions_for_is_refused(pylate):
+    with pytest.raises(ml.OptionError, match=r"query_length is 8193, .* no more than 8192"):
+        LateInteraction.from_pretrained(pylate(), device="cpu", query_length=8193)
+
+
+def test_it_can_be_pickled_and_copied(pylate):
+    model = LateInteraction.from_pretrained(pylate(), device="cpu")
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert_same(other.encode_queries(TEXTS[:3]), model.encode_queries(TEXTS[:3]), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["maxsim", "meanmaxsim"])
+def test_similarity_takes_generators_and_nothing(pylate, name):
+    model = LateInteraction.from_pretrained(pylate(), device="cpu")
+    model.similarity_fn_name = name
+    queries, documents = [np.eye(3, dtype=np.float32)] * 2, [np.eye(3, dtype=np.float32)] * 3
+    assert model.similarity((q for q in queries), documents).shape == (2, 3)
+    assert model.similarity([], documents).shape == (0, 3)
+
+
+def test_sentence_transformers_names_work_too(pylate):
+    model = LateInteraction.from_pretrained(pylate(), device="cpu")
+    assert np.array_equal(model.encode_query("a"), model.encode_queries("a"))
+    assert np.array_equal(model.encode_document("a"), model.encode_documents("a"))

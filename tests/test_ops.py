@@ -376,6 +376,16 @@ def test_layer_norm_of_a_sum_is_that_of_the_sum(on, name, bias, T):
     assert torch.equal(residual, kept[1])
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_layer_norm_of_a_wide_sum_with_narrow_weights_adds_the_residual(on, name):
+    on(name)
+    x, residual, weight = randn(5, 48), randn(5, 48, seed=1) * 3, (1 + randn(48, seed=2) / 4).bfloat16()
+    got = ops.layer_norm(x, weight, None, 1e-5, residual)
+    expected = F.layer_norm(x + residual, (48,), weight.float(), None, 1e-5)
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
 @pytest.mark.parametrize("name", [*FAST, "triton"])
 @pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -413,6 +423,8 @@ def test_logn_scales_by_the_length_of_each_token_s_sequence():
     assert scale.shape == (2521, 1, 1)
     expected = torch.tensor([math.log(n) / math.log(512) for n in (512, 1, 8, 2000) for _ in range(n)])
     assert torch.allclose(scale.flatten(), expected, rtol=1e-6, atol=0)
+    hidden = ops.logn_scale(replace(packed([5, 9]), key_seqlens=(3, 9)), 512, clip=False).flatten()
+    assert torch.allclose(hidden, torch.tensor([3.0] * 5 + [9.0] * 9).log() / math.log(512))  # of what is seen
     clipped = ops.logn_scale(batch, 512, clip=True)
     assert torch.allclose(clipped.flatten(), expected.clamp(min=1), rtol=1e-6, atol=0)
 

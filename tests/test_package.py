@@ -274,7 +274,7 @@ def test_the_core_stays_lite():
     """An alarm that asks for a thought, not a limit to game (about 2,500 lines; a file about 300). The thought so far:
     a quarter is refusals and their messages; gpu.py and graphs.py, 450 lines, are what a GPU needs beside kernels;
     cpu.py, linear.py and threads.py, 490, what a CPU does (three dtypes, with probes and warnings for each); GTE's
-    encoder, heads, configs of three dialects and names of weights 500; late interaction 300."""
+    encoder, heads, configs of three dialects and names of weights 500; late interaction 330."""
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in CORE}
-    assert sum(lines.values()) < 5_500
+    assert sum(lines.values()) < 5_600
     assert max(lines.values()) < 425, lines

@@ -144,8 +144,8 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
         if cached is not None:
             return cached
         raise CheckpointError(
-            f"{repo} is not in the hub cache, and the network is not allowed (local_files_only, or HF_HUB_OFFLINE is "
-            "set). A model can be fetched elsewhere, and its folder given instead"
+            f"{repo} is not in the hub cache, and the network is not allowed (offline mode: local_files_only, or "
+            "HF_HUB_OFFLINE is set). A model can be fetched elsewhere, and its folder given instead"
         )
     try:
         # Fails at once where the hub can't be reached; snapshot_download alone would quietly settle for the cache.
@@ -228,11 +228,14 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{folder / INDEX} has no weight_map")
         return [inside(folder, shard, INDEX) for shard in sorted(set(map(str, shards.values())))]
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    if not pickled:
-        raise CheckpointError(f"no model.safetensors in {folder}")
+    found = (
+        f"it has only {', '.join(pickled)}"
+        if pickled
+        else "if its repository has no safetensors, put its pytorch_model.bin there"
+    )
     raise CheckpointError(
-        f"no model.safetensors in {folder}: it has only {', '.join(pickled)}; pickle files can run code and are never "
-        f"read. {CONVERT.format(pickled[0])}"
+        f"no model.safetensors in {folder}: {found}; pickle files can run code and are never read. "
+        + CONVERT.format(pickled[0] if pickled else "pytorch_model.bin")
     )
 
 

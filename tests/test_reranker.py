@@ -104,7 +104,7 @@ def test_the_checkpoint_names_its_activation(folders, tmp_path, where):
 
 @pytest.mark.parametrize("name", ["os.system", "Softplus", "evil.module.Sigmoid"])
 def test_an_unknown_activation_is_refused(one, name):
-    with pytest.raises(CheckpointError, match=f"activation function '{name}' is not supported; known: Identity, Sigm"):
+    with pytest.raises(ml.OptionError, match=f"activation function '{name}' is not supported; known: Identity, Sigm"):
         one.predict(PAIRS, activation_fn=name)
 
 

@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     rerank.add_argument("--top-k", type=_count, metavar="K", help="only the best K")
     rerank.add_argument("--format", choices=("table", "jsonl"), default="table", help="default: table")
 
-    fill = command("fill-mask", _fill_mask, "The likeliest tokens for every mask token ([MASK], or <mask>: see info).")
+    fill = command("fill-mask", _fill_mask, "The likeliest tokens for every [MASK] (in some models <mask>).")
     fill.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, --input or standard input")
     _add_input(fill)
     _add_model(fill, "a masked language model", required=True)

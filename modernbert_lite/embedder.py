@@ -13,7 +13,7 @@ from torch import Tensor
 from . import pooling
 from .batch import PackedBatch
 from .heads import GteTokenClassifier, encoder_class
-from .pipeline import Checkpoint, Pipeline, check_text, check_texts, length, warn
+from .pipeline import Checkpoint, Pipeline, check_text, length, listed, warn
 from .pooling import PRECISIONS, quantize_embeddings
 from .reading import CheckpointError, OptionError
 from .st_config import Pooling, finish, on_vectors
@@ -74,11 +74,9 @@ class Embedder(Pipeline):
         """
         if precision not in PRECISIONS:
             raise OptionError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
-        check_texts(sentences, "sentences")
         single = isinstance(sentences, str)
-        texts = [sentences] if isinstance(sentences, str) else sentences
         stream = self.stream(
-            texts,
+            sentences,
             prompt_name=prompt_name,
             prompt=prompt,
             normalize_embeddings=normalize_embeddings,
@@ -86,7 +84,7 @@ class Embedder(Pipeline):
             show_progress_bar=show_progress_bar,
         )
         width = self._check_dim(truncate_dim) or self.truncate_dim or self.dimension
-        vectors = quantize_embeddings(_gather(stream, length(texts), width), precision, ranges)
+        vectors = quantize_embeddings(_gather(stream, 1 if single else length(sentences), width), precision, ranges)
         return vectors[0] if single else vectors
 
     def encode_query(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray:
@@ -109,9 +107,7 @@ class Embedder(Pipeline):
     ) -> Iterator[np.ndarray]:
         """As `encode`, but yields blocks of vectors (n, dimension), fp32, in order, as they are ready."""
         prompt = self._resolve_prompt(prompt_name, prompt)
-        if isinstance(sentences, (list, tuple)):  # a mistake is found before any work is done, not after
-            for i, text in enumerate(sentences):
-                check_text(text, i)
+        sentences, _ = listed(sentences, "sentences")
         skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
         unit = normalize_embeddings or self.normalizes
         dim = self._check_dim(truncate_dim) or self.truncate_dim
@@ -144,9 +140,7 @@ class Embedder(Pipeline):
                 f"this {self.config.architecture} has no sparse token weights: they need a token classifier of one "
                 "label beside the encoder, as in Alibaba-NLP/gte-multilingual-base"
             )
-        check_texts(sentences, "sentences")
-        single = isinstance(sentences, str)
-        texts = [sentences] if isinstance(sentences, str) else sentences
+        texts, single = listed(sentences, "sentences")
 
         def forward(batch: PackedBatch) -> list[tuple[list[int], list[float]]]:
             weights = self.model(batch).squeeze(-1).float().relu().cpu()

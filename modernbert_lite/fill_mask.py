@@ -9,7 +9,7 @@ import torch
 
 from .batch import PackedBatch
 from .heads import network_class
-from .pipeline import Checkpoint, Pipeline, check_text, check_texts, length
+from .pipeline import Checkpoint, Pipeline, check_text, length, listed
 from .reading import CheckpointError, OptionError
 
 Prediction = dict[str, Any]
@@ -43,9 +43,7 @@ class FillMask(Pipeline):
         """
         if not 0 < top_k <= self.config.vocab_size:
             raise OptionError(f"top_k is {top_k}; it must be from 1 to {self.config.vocab_size}")
-        check_texts(texts, "texts")
-        single = isinstance(texts, str)
-        items = [texts] if isinstance(texts, str) else texts
+        items, single = listed(texts, "texts")
 
         def forward(batch: PackedBatch) -> list[list[list[Prediction]]]:
             network: Any = self.model

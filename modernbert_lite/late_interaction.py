@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batch import PackedBatch, pack
 from .heads import encoder_class
-from .pipeline import Checkpoint, Pipeline, check_text, check_texts, length
+from .pipeline import Checkpoint, Pipeline, check_text, length, listed
 from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown
 from .st_config import finish, length_limit, on_vectors
 
@@ -140,12 +140,7 @@ class LateInteraction(Pipeline):
         return scores
 
     def _encode(self, task: str, texts: str | Iterable[str], show_progress_bar: bool | None) -> Any:
-        check_texts(texts, "texts")
-        single = isinstance(texts, str)
-        items = [texts] if isinstance(texts, str) else texts
-        if isinstance(items, (list, tuple)):  # a mistake is found before any work is done, not after
-            for i, text in enumerate(items):
-                check_text(text, i)
+        items, single = listed(texts, "texts")
         pads = task == "query" and self.padded_length > 0
 
         def forward(batch: PackedBatch) -> Iterator[np.ndarray]:

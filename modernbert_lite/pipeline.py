@@ -296,10 +296,15 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def check_texts(texts: object, name: str) -> None:
-    """Raises TypeError for what is neither a str nor an iterable of them, and for a dict, whose keys would be taken."""
+def listed(texts: Any, name: str) -> tuple[Iterable[str], bool]:
+    """What a user gave for texts, as an iterable, and whether it was one string. Raises TypeError for anything else,
+    for a dict, whose keys would be taken, and for an item of a list that is no string: before any work, not after."""
     if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
         raise TypeError(f"{name} is {type(texts).__name__}; it must be a str or an iterable of str")
+    if isinstance(texts, (list, tuple)):
+        for i, text in enumerate(texts):
+            check_text(text, i)
+    return ([texts], True) if isinstance(texts, str) else (texts, False)
 
 
 def check_text(text: object, i: int) -> str:

@@ -211,8 +211,7 @@ def linear_layer_norm(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(T, C) -> (T, C): x over the root of its mean square (arXiv 1910.07467), in fp32, times weight (C,)."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(weight.dtype)
+    return weight * F.rms_norm(x.float(), x.shape[-1:], None, eps).to(weight.dtype)
 
 
 def _fits_a_kernel(x: Tensor) -> bool:
@@ -364,8 +363,8 @@ def row_attention(q: Tensor, kv: Tensor, batch: PackedBatch) -> Tensor:
 
 
 def logn_scale(batch: PackedBatch, base: int, clip: bool) -> Tensor:
-    """ln(length of a token's sequence) / ln(base), (T, 1, 1) fp32, with clip at least 1: attention as sharp over many
-    keys as over few (kexue.fm/archives/8823)."""
+    """ln(length of a token's sequence) / ln(base), (T, 1, 1) fp32, with clip at least 1 (NewModel's
+    logn_attention_scale and logn_attention_clip1): attention as sharp over many keys as over few."""
     cu_seqlens = batch.cu_seqlens
     tokens = torch.arange(len(batch.input_ids), dtype=torch.int32, device=cu_seqlens.device)
     # A batch of CUDA graphs has tokens that belong to no sequence: they take the last one's.

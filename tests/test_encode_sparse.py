@@ -319,9 +319,10 @@ def test_long_texts_are_cut_with_one_warning(made, embedder):
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"), [(["a cat", 3], "text 1 is int"), ({"text": "a"}, "sentences is dict")]
+    ("bad", "message"), [(["a cat"] * 5_000 + [3], "text 5000 is int"), ({"text": "a"}, "sentences is dict")]
 )
 def test_what_is_no_text_is_refused_before_any_work(embedder, monkeypatch, bad, message):
+    """Also where it stands beyond the first texts that are read together."""
     monkeypatch.setattr(embedder.tokenizer, "encode_typed", lambda *_: pytest.fail("tokenized"))
     with pytest.raises(TypeError, match=message):
         embedder.encode_sparse(bad)

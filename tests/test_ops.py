@@ -407,8 +407,9 @@ def test_linear_layer_norm_is_a_product_a_sum_and_a_norm(on, name, packs, dtype,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_equals_its_formula(dtype):
-    x, weight = (randn(7, 45) * 300).to(dtype), randn(45, seed=1).to(dtype)
+@pytest.mark.parametrize("size", [0.3, 300])
+def test_rms_norm_equals_its_formula(dtype, size):
+    x, weight = (randn(7, 45) * size).to(dtype), randn(45, seed=1).to(dtype)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.5).sqrt()
     got = ops.rms_norm(x, weight, 0.5)
     assert got.dtype == dtype

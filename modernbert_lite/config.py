@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .reading import CheckpointError, Reader, read_json, shown
+from .reading import CheckpointError, Reader, is_there, read_json, shown
 
 # The ones that ModernBERT checkpoints have been seen to name are "gelu" (exact erf) and "silu".
 ACTIVATIONS = ("gelu", "silu", "relu", "gelu_pytorch_tanh")
@@ -212,7 +212,7 @@ _CONFIGS: dict[str, type[ModernBertConfig] | type[GteConfig]] = {
 def read_config(folder: str | Path) -> Config:
     """`folder`/config.json. Raises CheckpointError for a missing, malformed or unsupported one."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not is_there(path):
         raise CheckpointError(f"no config.json in {folder}: not a checkpoint folder")
     try:
         raw = read_json(path)

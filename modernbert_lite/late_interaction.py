@@ -16,7 +16,7 @@ from torch import Tensor
 from .batch import PackedBatch, pack
 from .heads import encoder_class
 from .pipeline import Checkpoint, Pipeline, check_text, length, listed
-from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown
+from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, optional_json, shown
 from .st_config import finish, length_limit, on_vectors
 
 # Of maxsim: the tokens of documents, and the dot products, that are in memory at a time, if one pair needs no more.
@@ -176,7 +176,7 @@ class LateInteraction(Pipeline):
         if found is None:
             raise CheckpointError(f"{folder}: queries are padded with {token or 'the mask token'}, which is not known")
         path = folder / "tokenizer_config.json"
-        side = read_json(path, MAX_TOKENIZER_JSON_BYTES).get("padding_side") if path.is_file() else None
+        side = optional_json(path, MAX_TOKENIZER_JSON_BYTES).get("padding_side")
         if side not in (None, "right", "left"):
             raise CheckpointError(f"{path}: padding_side is {shown(side)}; it must be 'right' or 'left'")
         self.pads_left = side == "left"

@@ -6,13 +6,26 @@ Needs no torch, so that `modernbert-lite info` and error messages stay quick.
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 MAX_JSON_BYTES = 1 << 20
 MAX_TOKENIZER_JSON_BYTES = 1 << 24  # tokenizer_config.json repeats every added token: over 1 MB for Gemma's
+
+MAX_TOKENIZER_BYTES = 1 << 28  # tokenizer.json: 34 MB for Gemma's vocabulary
+MAX_MESSAGE = 2_000  # characters
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 # Far above any published checkpoint: a config that claims more is broken or hostile, and would build modules for ever.
 _LIMITS = {
@@ -28,26 +41,85 @@ _LIMITS = {
 class OptionError(ValueError):
     """An option that this model or machine doesn't have: the shell calls it bad usage."""
 
+    def __init__(self, message: str):
+        super().__init__(_printable(message, MAX_MESSAGE))
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing something, is damaged, or asks for what this package can't do."""
 
+    def __init__(self, message: str):
+        super().__init__(_printable(message, MAX_MESSAGE))  # names, paths and values in it are a stranger's
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file that a checkpoint may lack is there; every optional file is asked for through this function.
+
+    False only if nothing has the name. Raises CheckpointError for what has the name and is no regular file: a folder, a
+    pipe, a device, a link to nothing. To pass over such a name would drop what the file says; to open some would hang.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.is_symlink():
+            return False
+        what = f"what has the name is a link to {os.readlink(path)}, which is not there"
+        raise CheckpointError(f"no {path.name} in {path.parent}: {what}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from None
+    if not stat.S_ISREG(mode):
+        what = f"what has the name is {_KINDS.get(stat.S_IFMT(mode), 'something else')}; it must be a file"
+        raise CheckpointError(f"no {path.name} in {path.parent}: {what}")
+    return True
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A regular file's content. Raises CheckpointError if it is missing, is none, or is longer than `limit` bytes."""
+    if not is_there(path):
+        raise CheckpointError(f"{path} is missing: the checkpoint was not downloaded whole")
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            content = file.read(limit + 1)  # what the file's size says may be wrong: it grows, or lies in /proc
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from None
+    if len(content or b"") > limit:
+        raise CheckpointError(f"{path} has more than {limit} bytes; no more are read")
+    return content or b""
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def cache_advice(path: Path) -> str:
+    """What to do about a damaged file, if the hub's cache holds it; else nothing. A message ends with it.
+
+    .. models--ORG--NAME/snapshots/COMMIT/config.json -> ../../blobs/HASH: the client takes a blob that is there for a
+    whole one, whatever it holds.
+    """
+    if not any(p.name == "snapshots" and p.parent.name.startswith("models--") for p in path.absolute().parents):
+        return ""
+    blob = path.parent.resolve() / os.readlink(path) if path.is_symlink() else path
+    return f". Delete {os.path.normpath(blob)}, of the hub's cache, and open the model again: it is downloaded anew"
+
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """The JSON object (in modules.json: the list) in a file. Raises CheckpointError if it is missing, is longer than
-    `limit` bytes, is malformed or holds something else."""
+    """The JSON object (in modules.json: the list) in a file. Raises CheckpointError if it is missing, is no regular
+    file, is longer than `limit` bytes, is malformed or holds something else."""
     wanted = list if path.name == "modules.json" else dict
+    content = read_bytes(path, limit)
     try:
-        content = path.read_bytes() if path.stat().st_size <= limit else None
-        value = None if content is None else json.loads(content)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint was not downloaded whole") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
-    if content is None:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {limit} are read")
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}{cache_advice(path)}") from None
     if not isinstance(value, wanted):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; a {wanted.__name__} is needed")
+    return value
+
+
+def optional_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file that a checkpoint may lack: empty without the file. Raises as `read_json`."""
+    value: dict[str, Any] = read_json(path, limit) if is_there(path) else {}
     return value
 
 
@@ -75,13 +147,21 @@ def inside(folder: Path, relative: object, source: str) -> Path:
     return path
 
 
-def shown(value: object) -> str:
-    """A value for an error message: its repr, shortened, and printable anywhere."""
+def shown(value: object, limit: int = 200) -> str:
+    """A value for a message: its repr (a path's or an error's text), shortened, on one line, printable anywhere."""
     try:
-        text = (str(value) if isinstance(value, BaseException) else repr(value)).encode(errors="replace").decode()
+        text = str(value) if isinstance(value, (BaseException, PurePath)) else repr(value)
     except RecursionError:
         text = f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 200 else text[:160] + "…" + text[-30:]
+    return _printable(text, limit)
+
+
+def _printable(text: str, limit: int) -> str:
+    """At most `limit` characters, the middle left out if need be; others than printable ones as Python escapes them."""
+    if len(text) > limit:
+        text = text[: limit - limit // 5] + "…" + text[-(limit // 5) + 1 :]
+    shorter = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shorter if len(shorter) <= limit else _printable(shorter, limit)
 
 
 class Reader:

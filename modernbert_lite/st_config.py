@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .pooling import POOLING, normalize
-from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, Reader, inside, read_json, shown
+from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, Reader, inside, optional_json, read_json, shown
 from .weights import load_dense, network_folder, read_modules
 
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
@@ -79,7 +79,7 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
     """Raises CheckpointError for a module, pooling mode or similarity that isn't known, naming it."""
     found: dict[str, Any] = {}
     path = folder / "config_sentence_transformers.json"
-    texts = read_json(path) if path.is_file() else {}
+    texts = optional_json(path)
     # PyLate's files have neither a module for the mask nor one for the norm; its older ones have no model_type.
     pylate = texts.get("model_type") == "ColBERT" or "query_prefix" in texts
     late = pylate or texts.get("model_type") == "MultiVectorEncoder"
@@ -218,8 +218,7 @@ def length_limit(sentence: SentenceConfig, folder: Path, max_position_embeddings
     """The repository's own limit, else the smaller of the tokenizer's (1e30 in some) and the model's."""
     if sentence.max_seq_length is not None:
         return sentence.max_seq_length
-    path = folder / "tokenizer_config.json"
-    limit = read_json(path, MAX_TOKENIZER_JSON_BYTES).get("model_max_length") if path.is_file() else None
+    limit = optional_json(folder / "tokenizer_config.json", MAX_TOKENIZER_JSON_BYTES).get("model_max_length")
     if isinstance(limit, (int, float)) and 0 < limit < max_position_embeddings:
         return int(limit)
     return max_position_embeddings

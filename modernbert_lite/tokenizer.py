@@ -11,7 +11,17 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.normalizers import Lowercase, Sequence
 
-from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown
+from .reading import (
+    MAX_TOKENIZER_BYTES,
+    MAX_TOKENIZER_JSON_BYTES,
+    CheckpointError,
+    OptionError,
+    cache_advice,
+    is_there,
+    optional_json,
+    read_bytes,
+    shown,
+)
 
 Text = str | tuple[str, str]
 
@@ -39,19 +49,19 @@ class Tokenizer:
 
         Raises CheckpointError for a missing or malformed tokenizer.json, ValueError for a max_length too small."""
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not is_there(path):
             raise CheckpointError(
                 f'no tokenizer.json in {folder}; transformers makes one of older files: python -c "from transformers '
                 "import AutoTokenizer as T; T.from_pretrained('FOLDER').save_pretrained('FOLDER')\""
             )
         beside = folder / "tokenizer_config.json"
-        settings = read_json(beside, MAX_TOKENIZER_JSON_BYTES) if beside.is_file() else {}
+        settings = optional_json(beside, MAX_TOKENIZER_JSON_BYTES)
         side = settings.get("truncation_side") or "right"
         if side not in ("right", "left"):
             raise CheckpointError(f"{beside}: truncation_side is {shown(side)}; it must be 'right' or 'left'")
         self._keeps_beginning = side == "right"
-        with _no_panic(f"{path} can't be read"):
-            self._rust = RustTokenizer.from_file(str(path))
+        with _no_panic(f"{path} can't be read", cache_advice(path)):
+            self._rust = RustTokenizer.from_buffer(read_bytes(path, MAX_TOKENIZER_BYTES))
             if lower_case:  # by the normalizer, not on the text: special tokens spelled out in it stay what they are
                 own = self._rust.normalizer
                 self._rust.normalizer = Sequence([Lowercase(), own] if own else [Lowercase()])
@@ -71,7 +81,7 @@ class Tokenizer:
             )
         self.max_length = max_length
         beside = folder / "special_tokens_map.json"
-        sources = (settings, read_json(beside) if beside.is_file() else {})
+        sources = (settings, optional_json(beside))
         self.mask_token, self.mask_token_id = self._find("mask_token", ("[MASK]", "<mask>"), sources)
         unweighted = {self._find(key, names, sources)[1] for key, names in _UNWEIGHTED.items()}
         unweighted.update(item for item, _ in self._single + self._pair)
@@ -222,14 +232,14 @@ def check_unicode(text: str, name: str) -> None:
 
 
 @contextmanager
-def _no_panic(what: str) -> Iterator[None]:
+def _no_panic(what: str, advice: str = "") -> Iterator[None]:
     """The tokenizers library's errors as CheckpointError. Among them are Rust panics, which come as a BaseException of
     their own and would pass every `except Exception`."""
     try:
         yield
-    except ValueError:
+    except (CheckpointError, OptionError):
         raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(f"{what}: {str(error).strip() or type(error).__name__}") from None
+        raise CheckpointError(f"{what}: {str(error).strip() or type(error).__name__}{advice}") from None

@@ -18,7 +18,7 @@ from .heads import MaskedLM, network_class
 from .linear import Linear
 from .names import Source, match
 from .ops import backend, pack_weight
-from .reading import CheckpointError, OptionError, inside, read_json
+from .reading import CheckpointError, OptionError, inside, is_there, read_json
 from .threads import set_threads
 
 BUNDLED = "tiny"
@@ -209,7 +209,7 @@ def _has_weights(folder: Path) -> bool:
 def read_modules(folder: Path) -> list[dict[str, Any]]:
     """modules.json of sentence-transformers, a list of {"idx", "name", "path", "type"}; empty without the file."""
     path = folder / "modules.json"
-    if not path.is_file():
+    if not is_there(path):
         return []
     modules: list[dict[str, Any]] = read_json(path)
     if not all(isinstance(module, dict) for module in modules):
@@ -220,9 +220,9 @@ def read_modules(folder: Path) -> list[dict[str, Any]]:
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that its index names. Raises CheckpointError if there is neither."""
     single = folder / "model.safetensors"
-    if single.is_file():
+    if is_there(single):
         return [single]
-    if (folder / INDEX).is_file():
+    if is_there(folder / INDEX):
         shards = read_json(folder / INDEX).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise CheckpointError(f"{folder / INDEX} has no weight_map")

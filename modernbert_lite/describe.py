@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -18,6 +19,7 @@ import torch
 from . import __version__, ops
 from .config import FULL, GteConfig, ModernBertConfig
 from .pipeline import Checkpoint
+from .reading import printable
 from .st_config import Late, length_limit
 from .threads import available, set_threads
 from .weights import open_safetensors, pick_device, pick_dtype, weight_files
@@ -59,8 +61,18 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
         "similarity": sentence.similarity_fn_name,
         "labels": list(config.labels) if "Classification" in config.architecture else [],
         **({} if sentence.late is None else _of_late(sentence.late)),
-        "files": {p.relative_to(root).as_posix(): p.stat().st_size for p in sorted(root.rglob("*")) if p.is_file()},
+        "files": _files(root),
     }
+
+
+def _files(root: Path) -> dict[str, int]:
+    """Sizes in bytes, by path; without what can't be looked at, such as a link to nothing."""
+    sizes = {}
+    for path in sorted(root.rglob("*")):
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                sizes[printable(path.relative_to(root).as_posix(), 200)] = path.stat().st_size
+    return sizes
 
 
 def _global_layers(config: ModernBertConfig | GteConfig) -> int:

@@ -42,14 +42,14 @@ class OptionError(ValueError):
     """An option that this model or machine doesn't have: the shell calls it bad usage."""
 
     def __init__(self, message: str):
-        super().__init__(_printable(message, MAX_MESSAGE))
+        super().__init__(printable(message, MAX_MESSAGE))
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing something, is damaged, or asks for what this package can't do."""
 
     def __init__(self, message: str):
-        super().__init__(_printable(message, MAX_MESSAGE))  # names, paths and values in it are a stranger's
+        super().__init__(printable(message, MAX_MESSAGE))  # names, paths and values in it are a stranger's
 
 
 def is_there(path: Path) -> bool:
@@ -64,7 +64,7 @@ def is_there(path: Path) -> bool:
         if not path.is_symlink():
             return False
         what = f"what has the name is a link to {os.readlink(path)}, which is not there"
-        raise CheckpointError(f"no {path.name} in {path.parent}: {what}") from None
+        raise CheckpointError(f"no {path.name} in {path.parent}: {what}{cache_advice(path)}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from None
     if not stat.S_ISREG(mode):
@@ -97,10 +97,20 @@ def cache_advice(path: Path) -> str:
     .. models--ORG--NAME/snapshots/COMMIT/config.json -> ../../blobs/HASH: the client takes a blob that is there for a
     whole one, whatever it holds.
     """
-    if not any(p.name == "snapshots" and p.parent.name.startswith("models--") for p in path.absolute().parents):
+    if cached_repo(path) is None:
         return ""
-    blob = path.parent.resolve() / os.readlink(path) if path.is_symlink() else path
-    return f". Delete {os.path.normpath(blob)}, of the hub's cache, and open the model again: it is downloaded anew"
+    blob = Path(os.path.normpath(path.parent.resolve() / os.readlink(path))) if path.is_symlink() else path
+    delete = f"Delete {blob}, and" if blob.exists() else "It is of the hub's cache:"
+    return f". {delete} open the model again where the hub can be reached: the file is downloaded anew"
+
+
+def cached_repo(path: Path) -> str | None:
+    """The hub id of the repository whose snapshot a path lies in, or is; None outside the hub's cache."""
+    path = path.absolute()
+    for folder in (path, *path.parents):
+        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+            return folder.parent.name.removeprefix("models--").replace("--", "/")
+    return None
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
@@ -126,8 +136,10 @@ def optional_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 def inside(folder: Path, relative: object, source: str) -> Path:
     """`folder / relative` for a path that a checkpoint's file names; refused if it could leave the folder.
 
-    Links are followed only within the folder or, in a hub cache (models--ORG--NAME/snapshots/COMMIT/file ->
-    ../../blobs/HASH), within that model's cache. `source` names the file that holds the path, for the error message.
+    The path may be a file that is a link to anywhere, as model.safetensors may: a hub cache's blobs, or weights that
+    the user keeps elsewhere. A folder that is named, or that is on the way, lies in the model's folder once links are
+    followed; in a hub cache (models--ORG--NAME/snapshots/COMMIT), in that model's. `source` names the file that holds
+    the path, for the error message.
     """
     text = relative if isinstance(relative, str) else "\0"
     pure = PurePosixPath(text)
@@ -139,11 +151,15 @@ def inside(folder: Path, relative: object, source: str) -> Path:
     in_cache = root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
     try:
         path.exists()  # raises for a name that no file can have
-        leaves = not path.resolve().is_relative_to(root.parent.parent if in_cache else root)
+        own = path if path.is_dir() else path.parent
+        leaves = not own.resolve().is_relative_to(root.parent.parent if in_cache else root)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{source}: path {shown(relative)} can't be followed: {shown(error)}") from None
     if leaves:
-        raise CheckpointError(f"{source}: path {shown(relative)} is a link that leaves the model's folder")
+        raise CheckpointError(
+            f"{source}: path {shown(relative)} is a link that leaves the model's folder: copy what it leads to, or "
+            "link the files in it instead"
+        )
     return path
 
 
@@ -153,15 +169,15 @@ def shown(value: object, limit: int = 200) -> str:
         text = str(value) if isinstance(value, (BaseException, PurePath)) else repr(value)
     except RecursionError:
         text = f"a deeply nested {type(value).__name__}"
-    return _printable(text, limit)
+    return printable(text, limit)
 
 
-def _printable(text: str, limit: int) -> str:
+def printable(text: str, limit: int) -> str:
     """At most `limit` characters, the middle left out if need be; others than printable ones as Python escapes them."""
     if len(text) > limit:
         text = text[: limit - limit // 5] + "…" + text[-(limit // 5) + 1 :]
     shorter = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shorter if len(shorter) <= limit else _printable(shorter, limit)
+    return shorter if len(shorter) <= limit else printable(shorter, limit)
 
 
 class Reader:

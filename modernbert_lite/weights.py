@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,24 +15,35 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import Config, read_config
+from .foreign import ADAPTER, adapter_files, no_adapter, no_weights
 from .heads import MaskedLM, network_class
 from .linear import Linear
-from .names import Source, match
+from .names import Source, advice, match
 from .ops import backend, pack_weight
-from .reading import CheckpointError, OptionError, inside, is_there, read_json
+from .reading import (
+    CheckpointError,
+    OptionError,
+    cache_advice,
+    inside,
+    is_there,
+    printable,
+    read_json,
+    shown,
+)
 from .threads import set_threads
 
 BUNDLED = "tiny"
 INDEX = "model.safetensors.index.json"
-# clone: tied tensors share memory, which safetensors refuses.
-CONVERT = (
-    'Convert it once, in its folder: python -c "import torch, safetensors.torch as s; s.save_file({{k: v.clone() '
-    "for k, v in torch.load('{}', weights_only=True).items()}}, 'model.safetensors')\""
-)
 # Without some of these a model still opens, and may give other numbers: a cache that doesn't know whether the
 # repository has them is not complete. The first two lie at the top, the others beside the network's config.json.
 _TOP = ("modules.json", "config_sentence_transformers.json")
-_BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "sentence_bert_config.json")
+_BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "sentence_bert_config.json",
+    "adapter_config.json",
+)
 _NEEDED_PATTERNS = [
     "config.json",
     "model.safetensors",
@@ -85,7 +97,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         picked = torch.device(device)
         torch.zeros(1, device=picked).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(f"device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from None
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OptionError(f"device {str(device)!r} can't be used: {why}") from None
     return picked
 
 
@@ -117,10 +130,14 @@ def find_checkpoint(
         raise CheckpointError(f"the model's name is empty; give a checkpoint's folder, a hub id, or {BUNDLED!r}")
     if name == BUNDLED:
         return Path(__file__).parent / BUNDLED
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        here = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists()
+    except (OSError, RuntimeError) as error:  # no such user, a name too long, a folder that may not be entered
+        raise CheckpointError(f"{shown(name)} can't be opened: {error}") from None
+    if here:
         raise CheckpointError(f"{name!r} is not a folder; give a checkpoint's folder, a hub id, or {BUNDLED!r}")
     return _from_hub(name, revision, token, local_files_only)
 
@@ -132,24 +149,32 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
 
     wanted: dict[str, Any] = {"repo_id": repo, "revision": revision, "allow_patterns": _NEEDED_PATTERNS}
     cached: Path | None = None
+    damage = ""
     try:
         cached = Path(hub.snapshot_download(**wanted, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
     except HFValidationError as error:
-        raise CheckpointError(f"{repo!r} is neither a folder nor a hub id: {error}") from None
+        raise CheckpointError(f"{shown(repo)} is neither a folder nor a hub id: {error}") from None
+    except (OSError, ValueError) as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            damage = f": {shown(error)}"
+    if cached is not None and cached.parent.name != "snapshots":  # refs/main is empty, or leads elsewhere
+        cached = None
     if cached is not None and _is_complete(cached, repo):
         return cached
     if local_files_only or hub.constants.HF_HUB_OFFLINE:
         if cached is not None:
             return cached
+        ref = Path(hub.constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "refs", revision or "main")
+        if ref.exists():
+            damage = damage or f": {ref} names a snapshot that is not there"
+            damage += f". The cache is damaged: delete {ref}, and open the model once where the hub can be reached"
         raise CheckpointError(
-            f"{repo} is not in the hub cache, and the network is not allowed (offline mode: local_files_only, or "
-            "HF_HUB_OFFLINE is set). A model can be fetched elsewhere, and its folder given instead"
+            f"{repo} is not in the hub cache{damage}, and the network is not allowed (offline mode: local_files_only, "
+            "or HF_HUB_OFFLINE is set). A model can be fetched elsewhere, and its folder given instead"
         )
     try:
         # Fails at once where the hub can't be reached; snapshot_download alone would quietly settle for the cache.
-        hub.HfApi(token=token).model_info(repo, revision=revision, timeout=10)
+        there = hub.HfApi(token=token).model_info(repo, revision=revision, timeout=10).siblings or []
         folder = Path(hub.snapshot_download(**wanted, token=token))
         for name in _names(folder):  # leaves a note in the cache of each file that the repository doesn't have
             if not (folder / name).is_file():
@@ -159,7 +184,13 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
                     raise
                 except EntryNotFoundError:
                     pass
+        network = _network(folder)
+        beside = [Path(file.rfilename) for file in there]
+        if not any((network / name).exists() for name in ("model.safetensors", INDEX, *ADAPTER)):
+            raise no_weights(repo, [f for f in beside if (folder / f).is_relative_to(network)])
         return folder
+    except CheckpointError:  # of its files, which are here
+        raise
     except Exception as error:  # noqa: BLE001  the hub's clients raise errors of several libraries
         if cached is not None and _has_weights(cached):
             warnings.warn(f"the hub could not be reached; using what the cache has of {repo}", stacklevel=5)
@@ -175,33 +206,46 @@ def _is_complete(folder: Path, repo: str) -> bool:
     """Whether a snapshot has its weights, and has or is known not to have every other file."""
     import huggingface_hub as hub
 
-    network = network_folder(folder)
-    if not _has_weights(network) or not (network / "config.json").is_file():
+    try:
+        network = _network(folder)
+        if adapter_files(folder, network):
+            return True  # what it lacks is not missed: it can't be opened
+        if not _has_weights(network) or not is_there(network / "config.json"):
+            return False
+        if any(
+            not is_there(folder / name) and hub.try_to_load_from_cache(repo, name, revision=folder.name) is None
+            for name in _names(folder)
+        ):
+            return False
+        with_files = (".Pooling", ".Dense", ".LayerNorm", ".MultiVectorMask")
+        parts = [m.get("path") for m in read_modules(folder) if str(m.get("type")).endswith(with_files)]
+        return all(is_there(inside(folder, path, "modules.json") / "config.json") for path in parts)
+    except CheckpointError:  # a file is damaged: a link to a blob that is gone is mended by the client
         return False
-    if any(
-        not (folder / name).is_file() and hub.try_to_load_from_cache(repo, name, revision=folder.name) is None
-        for name in _names(folder)
-    ):
-        return False
-    with_files = (".Pooling", ".Dense", ".LayerNorm", ".MultiVectorMask")
-    parts = [m.get("path") for m in read_modules(folder) if str(m.get("type")).endswith(with_files)]
-    return all((inside(folder, path, "modules.json") / "config.json").is_file() for path in parts)
 
 
 def _names(folder: Path) -> list[str]:
-    beside = network_folder(folder).relative_to(folder)
+    beside = _network(folder).relative_to(folder)
     return [*_TOP, *((beside / name).as_posix() for name in _BESIDE)]
 
 
 def network_folder(folder: Path) -> Path:
-    """Where config.json lies: the folder itself, or 0_Transformer/ in the oldest sentence-transformers layout."""
+    """Where config.json lies: the folder itself, or 0_Transformer/ in the oldest sentence-transformers layout. Raises
+    CheckpointError if an adapter lies there: the network without it gives other vectors."""
+    network = _network(folder)
+    for path in adapter_files(folder, network):
+        raise no_adapter(path, network, whole=is_there(network / "config.json") and _has_weights(network))
+    return network
+
+
+def _network(folder: Path) -> Path:
     paths = [m.get("path", "") for m in read_modules(folder) if str(m.get("type")).endswith(".Transformer")]
     return inside(folder, paths[0], "modules.json") if paths else folder
 
 
 def _has_weights(folder: Path) -> bool:
     try:
-        return all(path.is_file() for path in weight_files(folder))
+        return all(is_there(path) for path in weight_files(folder))
     except CheckpointError:
         return False
 
@@ -227,20 +271,14 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(shards, dict) or not shards:
             raise CheckpointError(f"{folder / INDEX} has no weight_map")
         return [inside(folder, shard, INDEX) for shard in sorted(set(map(str, shards.values())))]
-    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-    found = (
-        f"it has only {', '.join(pickled)}"
-        if pickled
-        else "if its repository has no safetensors, put its pytorch_model.bin there"
-    )
-    raise CheckpointError(
-        f"no model.safetensors in {folder}: {found}; pickle files can run code and are never read. "
-        + CONVERT.format(pickled[0] if pickled else "pytorch_model.bin")
-    )
+    below = (path for path in folder.glob("*/*") if not re.match(r"\d+_", path.parent.name))  # but not 2_Dense/
+    raise no_weights(str(folder), [path.relative_to(folder) for path in (*folder.glob("*"), *below)])
 
 
 def open_safetensors(path: Path) -> Any:
     """A memory-mapped safetensors file. Raises CheckpointError for one that is missing, cut short or malformed."""
+    if not is_there(path):
+        raise CheckpointError(f"{path} is missing: the checkpoint was not downloaded whole{cache_advice(path)}")
     try:
         with path.open("rb") as file:
             first = file.read(8)
@@ -248,12 +286,14 @@ def open_safetensors(path: Path) -> Any:
         if first == b"version ":
             raise CheckpointError(f"{path} is a pointer of git-lfs, not the weights: run `git lfs pull` in its folder")
         if header > _MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path}: its header claims {header} bytes, more than {_MAX_HEADER_BYTES}: damaged")
+            raise CheckpointError(
+                f"{path}: its header claims {header} bytes, more than {_MAX_HEADER_BYTES}: damaged{cache_advice(path)}"
+            )
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint was not downloaded whole") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} can't be read as safetensors ({error}): damaged or cut short?") from None
+        raise CheckpointError(
+            f"{path} can't be read as safetensors ({shown(error)}): damaged or cut short?{cache_advice(path)}"
+        ) from None
 
 
 def load_weights(
@@ -274,13 +314,15 @@ def load_weights(
     with torch.device("meta"):
         model = network(config).requires_grad_(False)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found, problems = match({path: _shapes(path) for path in weight_files(folder)}, expected, model)
+    files = {path: _shapes(path) for path in weight_files(folder)}
+    found, problems = match(files, expected, model)
     tied = model.TIED if isinstance(model, MaskedLM) and config.tie_word_embeddings else None
     missing = [name for name in expected if name not in found and not (tied and name == tied[0])]
     problems = [f"missing {name}" for name in missing if found] + problems  # else the names themselves are strange
     if problems:
         more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise CheckpointError(f"{folder} doesn't fit its config.json: {'; '.join(problems[:12])}{more}")
+        why = advice(files, model)
+        raise CheckpointError(f"{folder} doesn't fit its config.json{why}: {'; '.join(problems[:12])}{more}")
 
     if dtype == torch.int8 and not packed:
         raise OptionError("dtype 'int8' is for inference: with packed=False use float32, bfloat16 or float16")
@@ -330,7 +372,7 @@ def load_dense(folder: Path, expected: dict[str, tuple[Any, ...]], device: torch
     shapes = {path: _shapes(path) for path in weight_files(folder)}
     found = {key: shape for keys in shapes.values() for key, shape in keys.items()}
     if found != expected:
-        raise CheckpointError(f"{folder}: its config.json asks for {expected}, the file has {found}")
+        raise CheckpointError(f"{folder}: its config.json asks for {shown(expected)}, the file has {shown(found)}")
     return {key: _read([(path, key)], device, torch.float32) for path, keys in shapes.items() for key in keys}
 
 
@@ -374,13 +416,18 @@ def _open_tensor(path: Path, key: str) -> Tensor:
     try:
         tensor: Tensor = open_safetensors(path).get_tensor(key)
     except (SafetensorError, AttributeError) as error:  # a type that this safetensors or this torch doesn't know
-        raise CheckpointError(f"{key} can't be read: {error}; only {', '.join(_DTYPES)} are") from None
+        raise CheckpointError(
+            f"{printable(key, 100)} can't be read: {shown(error)}; only {', '.join(_DTYPES)} are"
+        ) from None
     if tensor.dtype not in (*_DTYPES.values(), torch.float64):
-        raise CheckpointError(f"{key} is stored as {tensor.dtype}; only {', '.join(_DTYPES)} are read")
+        raise CheckpointError(
+            f"{printable(key, 100)} is stored as {tensor.dtype}; only {', '.join(_DTYPES)} are read: if it is "
+            "quantized, take the model that it was made from"
+        )
     return tensor
 
 
 def _refuse(key: str, tensor: Tensor, dtype: torch.dtype) -> NoReturn:
     bad = int((~torch.isfinite(tensor)).sum())
     how = f"{bad} values that are NaN or infinite" if bad else f"values too large for {dtype}"
-    raise CheckpointError(f"{key} holds {how}: the checkpoint is damaged, or needs another dtype")
+    raise CheckpointError(f"{printable(key, 100)} holds {how}: the checkpoint is damaged, or needs another dtype")

@@ -19,7 +19,7 @@ from .batch import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, PackedBatch, pack, plan_b
 from .config import Config, GteConfig, read_config
 from .graphs import MAX_TOKENS, Graphed
 from .heads import use
-from .reading import CheckpointError, OptionError
+from .reading import MAX_MESSAGE, CheckpointError, OptionError, printable
 from .st_config import SentenceConfig, length_limit, read_sentence_config
 from .threads import bound_tokenizer, set_threads
 from .tokenizer import Text, Tokenizer
@@ -293,7 +293,7 @@ def warn(message: str) -> None:
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(printable(message, MAX_MESSAGE), stacklevel=level)
 
 
 def listed(texts: Any, name: str) -> tuple[Iterable[str], bool]:

@@ -17,7 +17,7 @@ MAX_JSON_BYTES = 1 << 20
 MAX_TOKENIZER_JSON_BYTES = 1 << 24  # tokenizer_config.json repeats every added token: over 1 MB for Gemma's
 
 MAX_TOKENIZER_BYTES = 1 << 28  # tokenizer.json: 34 MB for Gemma's vocabulary
-MAX_MESSAGE = 2_000  # characters
+MAX_MESSAGE = 2_000  # characters of an error or a warning
 
 _KINDS = {
     stat.S_IFDIR: "a folder",

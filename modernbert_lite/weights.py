@@ -145,39 +145,43 @@ def find_checkpoint(
 def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_files_only: bool) -> Path:
     """Cache first: no request at all when the snapshot is complete."""
     import huggingface_hub as hub
+    from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     wanted: dict[str, Any] = {"repo_id": repo, "revision": revision, "allow_patterns": _NEEDED_PATTERNS}
     cached: Path | None = None
+    state = "is not in the hub cache"
+    ref = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "refs", revision or "main")
+    delete_ref = f": delete {ref}, and open the model once where the hub can be reached"
     damage = ""
     try:
-        cached = Path(hub.snapshot_download(**wanted, local_files_only=True))
+        cached = Path(os.path.normpath(hub.snapshot_download(**wanted, local_files_only=True)))
     except HFValidationError as error:
         raise CheckpointError(f"{shown(repo)} is neither a folder nor a hub id: {error}") from None
+    except LocalEntryNotFoundError as error:
+        if hasattr(error, "snapshot_path"):
+            state = f"is not whole in the hub cache ({shown(error, 400)})"
+        elif os.path.lexists(ref):
+            state += f", where {ref} names a snapshot that is not there{delete_ref}"
     except (OSError, ValueError) as error:
-        if not isinstance(error, LocalEntryNotFoundError):
-            damage = f": {shown(error)}"
-    if cached is not None and cached.parent.name != "snapshots":  # refs/main is empty, or leads elsewhere
-        cached = None
+        damage = f". The cache is damaged ({shown(error)}){delete_ref}"
+    if cached is not None and cached.parent.name != "snapshots":
+        cached, damage = None, f". The cache is damaged ({ref} names no snapshot){delete_ref}"
     if cached is not None and _is_complete(cached, repo):
         return cached
-    if local_files_only or hub.constants.HF_HUB_OFFLINE:
+    if local_files_only or constants.HF_HUB_OFFLINE:
         if cached is not None:
             return cached
-        ref = Path(hub.constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "refs", revision or "main")
-        if ref.exists():
-            damage = damage or f": {ref} names a snapshot that is not there"
-            damage += f". The cache is damaged: delete {ref}, and open the model once where the hub can be reached"
         raise CheckpointError(
-            f"{repo} is not in the hub cache{damage}, and the network is not allowed (offline mode: local_files_only, "
-            "or HF_HUB_OFFLINE is set). A model can be fetched elsewhere, and its folder given instead"
+            f"{repo} {state}, and the network is not allowed (offline mode: local_files_only, or HF_HUB_OFFLINE is "
+            f"set). A model can be fetched elsewhere, and its folder given instead{damage}"
         )
     try:
         # Fails at once where the hub can't be reached; snapshot_download alone would quietly settle for the cache.
         there = hub.HfApi(token=token).model_info(repo, revision=revision, timeout=10).siblings or []
         folder = Path(hub.snapshot_download(**wanted, token=token))
         for name in _names(folder):  # leaves a note in the cache of each file that the repository doesn't have
-            if not (folder / name).is_file():
+            if not is_there(folder / name):
                 try:
                     hub.hf_hub_download(repo, name, revision=folder.name, token=token)
                 except LocalEntryNotFoundError:  # the hub is gone again
@@ -198,7 +202,7 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
         why = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
             f"{repo} could not be downloaded, and is no folder here: {why}. A model can be fetched elsewhere, and its "
-            "folder given instead"
+            f"folder given instead{damage}"
         ) from None
 
 

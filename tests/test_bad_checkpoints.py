@@ -351,7 +351,9 @@ def test_an_index_may_name_a_file_in_a_subfolder(folder):
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "chain"])
-def test_links_that_leave_the_folder_are_refused(folder, what):
+def test_a_shard_may_be_a_link_to_anywhere_and_its_folder_may_not(folder, what):
+    """As model.safetensors may: a folder of links to weights that lie elsewhere is what people make."""
+    expected = ml.load_model(folder).state_dict()
     outside = folder.parent / "outside"
     outside.mkdir()
     shutil.move(folder / "model.safetensors", outside / "one.safetensors")
@@ -365,8 +367,20 @@ def test_links_that_leave_the_folder_are_refused(folder, what):
             target = Path("first")
         (folder / "linked" / "one.safetensors").symlink_to(target)
     write(folder / INDEX, {"weight_map": {"final_norm.weight": "linked/one.safetensors"}})
-    with pytest.raises(CheckpointError, match="link that leaves the model's folder"):
-        ml.load_model(folder)
+    if what == "folder":
+        with pytest.raises(CheckpointError, match="link that leaves the model's folder: copy"):
+            ml.load_model(folder)
+    else:
+        got = ml.load_model(folder).state_dict()
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_single_file_may_be_a_link_to_anywhere(folder):
+    expected = ml.load_model(folder).state_dict()
+    shutil.move(folder / "model.safetensors", folder.parent / "outside.safetensors")
+    (folder / "model.safetensors").symlink_to(folder.parent / "outside.safetensors")
+    got = ml.load_model(folder).state_dict()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def test_a_linked_pooling_folder_that_leaves_is_refused(folder):

@@ -81,6 +81,7 @@ class Hub:
         self.refs = {}  # id -> {branch or tag: commit}
         self.token = None  # what every request must carry
         self.status = None  # what every request gets instead
+        self.message = "out of order"
         self.requests = []  # (method, path, authorization)
         hub = self
 
@@ -129,7 +130,7 @@ class Hub:
 
     def find(self, path, authorization):
         if self.status is not None:
-            return self.status, {}, {"error": "out of order"}
+            return self.status, {}, {"error": self.message}
         if self.token is not None and authorization != f"Bearer {self.token}":
             return 401, {"X-Error-Code": "GatedRepo"}, {"error": "a token is needed"}
         api = path.startswith("/api/models/")
@@ -631,3 +632,113 @@ def test_a_snapshot_without_a_module_s_settings_is_not_complete(make_checkpoint,
     (folder / "1_Part").mkdir()
     (folder / "1_Part" / "config.json").write_text("{}")
     assert weights._is_complete(folder, "some/model")
+
+
+# --- adapters and other weights in a repository
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_in_a_repository_is_refused_and_the_second_time_without_a_request(hub, run, encoder, whole):
+    (encoder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
+    (encoder / "adapter_model.safetensors").write_bytes(b"never asked for")
+    if not whole:
+        (encoder / WEIGHTS).unlink()
+        (encoder / "config.json").unlink()
+    hub.add(encoder)
+    for options in ({"options": {}}, {"options": {}, "no_sockets": True}):
+        message = failure(run(LOAD, **options))
+        for part in (
+            "holds a PEFT adapter",
+            "'someone/base'",
+            f"hf download {REPO} --local-dir FOLDER",
+            "merge_and_unload",
+        ):
+            assert part in message
+        assert ("no weights of a whole model" in message) != whole
+    assert "adapter_model.safetensors" not in hub.downloaded()
+
+
+def test_an_adapter_is_looked_for_in_a_cache_of_an_older_version(hub, run, encoder):
+    """It was made when adapter_config.json wasn't asked for: whether there is one is not known."""
+    files = {p.name: p.read_bytes() for p in encoder.iterdir()}
+    commit = hub.add(files)
+    found = Path(good(run(FIND, options={})))
+    (found.parents[1] / ".no_exist" / commit / "adapter_config.json").unlink()
+    hub.repos[REPO][commit]["adapter_config.json"] = b"{}"
+    assert "holds a PEFT adapter" in failure(run(LOAD, options={}))
+
+
+def test_a_repository_of_other_weights_is_told_by_what_it_has(hub, run, encoder):
+    files = {p.name: p.read_bytes() for p in encoder.iterdir() if p.name != WEIGHTS}
+    hub.add({**files, "onnx/model.onnx": b"x", "model-q8.gguf": b"x"})
+    message = failure(run(LOAD, options={}))
+    assert f"no model.safetensors in {REPO}: it has only model-q8.gguf, onnx/model.onnx; only safetensors" in message
+    assert hub.downloaded() == sorted(set(files) & set(hub.downloaded()))
+
+
+# --- a damaged cache
+
+
+DAMAGED = ["config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json"]
+
+
+@pytest.mark.parametrize("left", [0, 20])
+@pytest.mark.parametrize("name", [*DAMAGED, "config_sentence_transformers.json", "sentence_bert_config.json"])
+def test_a_damaged_file_of_the_cache_is_told_with_the_blob_to_delete(hub, run, embedding_model, name, left):
+    hub.add(embedding_model)
+    expected = good(run(EMBED, options={}))
+    [snapshot] = [p.parent for p in Path(good(run(FIND, options={}))).glob("config.json")]
+    blob = (snapshot / name).resolve()
+    blob.write_bytes(blob.read_bytes()[:left])
+    message = failure(run(EMBED, options={}))
+    assert f". Delete {blob}, and open the model again where the hub can be reached" in message
+    assert Path(name).name in message
+    blob.unlink()  # as told
+    assert good(run(EMBED, options={})) == expected
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_link_of_the_cache_to_a_blob_that_is_gone_is_mended_or_told(hub, run, embedding_model, name):
+    hub.add(embedding_model)
+    expected = good(run(EMBED, options={}))
+    blob = (Path(good(run(FIND, options={}))) / name).resolve()
+    blob.unlink()
+    message = failure(run(EMBED, options={}, env={"HF_HUB_OFFLINE": "1"}))
+    assert Path(name).name in message
+    assert "is not whole in the hub cache" in message
+    assert good(run(EMBED, options={})) == expected
+
+
+@pytest.mark.parametrize("ref", ["", "f" * 40, "../../..", "..", "\n\x1b", "x" * 5_000, None])
+def test_a_ref_to_no_snapshot_is_mended_or_told(hub, run, encoder, ref):
+    hub.add(encoder)
+    found = Path(good(run(FIND, options={})))
+    path = found.parents[1] / "refs" / "main"
+    if ref is None:
+        path.write_bytes(b"\xff\xfe")
+    else:
+        path.write_text(ref)
+    message = failure(run(LOAD, options={}, env={"HF_HUB_OFFLINE": "1"}))
+    assert f"delete {path}, and open the model once where the hub can be reached" in message
+    assert message.isprintable()
+    assert len(message) <= 2_000
+    if ref is None:
+        assert f"delete {path}" in failure(run(FIND, options={}))
+        path.unlink()
+    assert Path(good(run(FIND, options={}))) == found
+
+
+def test_a_ref_that_is_a_folder_is_told(hub, run, encoder):
+    hub.add(encoder)
+    found = Path(good(run(FIND, options={})))
+    (found.parents[1] / "refs" / "main").unlink()
+    (found.parents[1] / "refs" / "main").mkdir()
+    assert "delete" in failure(run(LOAD, options={}, env={"HF_HUB_OFFLINE": "1"}))
+
+
+def test_what_the_hub_says_is_one_short_line(hub, run, encoder):
+    hub.status = 500
+    hub.message = "\n\x1b[31m" + "x" * 9_000
+    message = failure(run(FIND, options={}))
+    assert message.isprintable()
+    assert len(message) <= 2_000

@@ -356,10 +356,8 @@ def test_a_long_list_of_problems_is_cut_and_counted(make_checkpoint):
 
 def test_names_of_which_none_is_known_are_one_line_with_what_is(make_checkpoint):
     folder, _ = make_checkpoint(**SMALL_VOCAB)
-    edit(folder, lambda tensors: renamed(tensors, lambda name: "module." + name))
-    with pytest.raises(
-        CheckpointError, match=r"such as 'module\..*begin with 'embeddings', after one of 'model\.', ''$"
-    ):
+    edit(folder, lambda tensors: renamed(tensors, lambda name: "tower_" + name))
+    with pytest.raises(CheckpointError, match=r"such as 'tower_.*begin with 'embeddings', after one of 'model\.', ''$"):
         ml.load_model(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -77,7 +78,8 @@ def pack(
     if token_type_ids is not None:
         types, lengths_of_types, high_type = _join(token_type_ids, "token_type_ids of sequence", "type")
         if lengths_of_types != seqlens:
-            raise ValueError(f"token_type_ids have the lengths {lengths_of_types}, the sequences {seqlens}")
+            told = f"token_type_ids have the lengths {reprlib.repr(lengths_of_types)}, the sequences "
+            raise ValueError(told + reprlib.repr(seqlens))
     starts = [0, *accumulate(seqlens)]
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=ids.device)
     lengths = torch.tensor(seqlens, dtype=torch.int64, device=ids.device)

@@ -283,3 +283,9 @@ def test_plan_wastes_no_more_than_half_of_the_budget():
 def test_plan_refuses_a_budget_without_room(budget):
     with pytest.raises(ValueError, match=f"batch_tokens is {budget}; it must be at least 1"):
         plan_batches([1], budget)
+
+
+def test_a_message_about_thousands_of_sequences_is_short():
+    with pytest.raises(ValueError, match="have the lengths") as error:
+        ml.pack([[5]] * 9_000, token_type_ids=[[0, 0]] * 9_000)
+    assert len(str(error.value)) < 200

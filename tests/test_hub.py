@@ -682,8 +682,7 @@ def test_a_repository_of_other_weights_is_told_by_what_it_has(hub, run, encoder)
 DAMAGED = ["config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json"]
 
 
-@pytest.mark.parametrize("left", [0, 20])
-@pytest.mark.parametrize("name", [*DAMAGED, "config_sentence_transformers.json", "sentence_bert_config.json"])
+@pytest.mark.parametrize(("name", "left"), zip(DAMAGED, (20, 0, 50, 0, 20, 0), strict=True))
 def test_a_damaged_file_of_the_cache_is_told_with_the_blob_to_delete(hub, run, embedding_model, name, left):
     hub.add(embedding_model)
     expected = good(run(EMBED, options={}))
@@ -697,7 +696,7 @@ def test_a_damaged_file_of_the_cache_is_told_with_the_blob_to_delete(hub, run, e
     assert good(run(EMBED, options={})) == expected
 
 
-@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("name", DAMAGED[::2])
 def test_a_link_of_the_cache_to_a_blob_that_is_gone_is_mended_or_told(hub, run, embedding_model, name):
     hub.add(embedding_model)
     expected = good(run(EMBED, options={}))
@@ -709,7 +708,7 @@ def test_a_link_of_the_cache_to_a_blob_that_is_gone_is_mended_or_told(hub, run, 
     assert good(run(EMBED, options={})) == expected
 
 
-@pytest.mark.parametrize("ref", ["", "f" * 40, "../../..", "..", "\n\x1b", "x" * 5_000, None])
+@pytest.mark.parametrize("ref", ["", "f" * 40, "../../..", "\n\x1b", None])
 def test_a_ref_to_no_snapshot_is_mended_or_told(hub, run, encoder, ref):
     hub.add(encoder)
     found = Path(good(run(FIND, options={})))

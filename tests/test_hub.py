@@ -682,7 +682,7 @@ def test_a_repository_of_other_weights_is_told_by_what_it_has(hub, run, encoder)
 DAMAGED = ["config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json"]
 
 
-@pytest.mark.parametrize(("name", "left"), zip(DAMAGED, (20, 0, 50, 0, 20, 0), strict=True))
+@pytest.mark.parametrize(("name", "left"), [*zip(DAMAGED, (20, 0, 50, 0, 20, 0), strict=True)])
 def test_a_damaged_file_of_the_cache_is_told_with_the_blob_to_delete(hub, run, embedding_model, name, left):
     hub.add(embedding_model)
     expected = good(run(EMBED, options={}))

@@ -30,8 +30,11 @@ _CLIP_CHARACTERS = 64
 # a token reaches over white space: Qwen's "!\n", ColBERT's "[Q] ".
 _CLIP_SPARE = 32
 # What clean_up_tokenization_spaces does to a decoded text, in this order.
-_CLEANED = (*((" " + end, end) for end in (".", "?", "!", ",")), (" ' ", "'"))
-_CLEANED += tuple((" " + end, end) for end in ("n't", "'m", "'s", "'ve", "'re"))
+_CLEANED = (
+    *((" " + end, end) for end in (".", "?", "!", ",")),
+    (" ' ", "'"),
+    *((" " + end, end) for end in ("n't", "'m", "'s", "'ve", "'re")),
+)
 _LONGEST = 1 << 31  # of max_length: lengths in a batch are int32
 
 

@@ -103,15 +103,16 @@ def _class(folder: Path, stored: Mapping[str, Any], beside: Path) -> str:
 
 def _settings(folder: Path, rust: RustTokenizer, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings, the special tokens and `added_tokens_decoder` among them as AddedToken or str."""
+    beside = folder / "tokenizer_config.json"
     settings = {key: value for key, value in stored.items() if key not in ("add_bos_token", "add_eos_token")}
     settings.update(given)
     for key in _REFUSED:
         if settings.get(key):
-            raise CheckpointError(f"{folder}: {key} of the tokenizer is {shown(settings[key])}; it is not supported")
+            raise CheckpointError(f"{beside}: {key} is {shown(settings[key])}; it is not supported: take it out")
     files = settings.get("fast_tokenizer_files")
     if files not in (None, ["tokenizer.json"]):
         raise CheckpointError(
-            f"{folder}: fast_tokenizer_files is {shown(files)}; one tokenizer.json for all versions is supported"
+            f"{beside}: fast_tokenizer_files is {shown(files)}; one tokenizer.json for all versions is supported"
         )
     if "additional_special_tokens" in settings and not settings.get("extra_special_tokens"):
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
@@ -123,7 +124,7 @@ def _settings(folder: Path, rust: RustTokenizer, stored: Mapping[str, Any], give
     if "added_tokens_decoder" in settings:
         listed = settings["added_tokens_decoder"]
         if not isinstance(listed, dict) or not all(isinstance(token, (dict, AddedToken)) for token in listed.values()):
-            raise CheckpointError(f"{folder}: added_tokens_decoder is {shown(listed)}; it must map ids to tokens")
+            raise CheckpointError(f"{beside}: added_tokens_decoder is {shown(listed)}; it must map ids to tokens")
         added = {int(i): _token(token) for i, token in listed.items()}
     else:
         added = _older_files(folder, rust, settings, given)
@@ -163,6 +164,7 @@ def _older_files(
 
 
 def _apply(folder: Path, kind: str, rust: RustTokenizer, settings: dict[str, Any]) -> TokenizerFiles:
+    beside, stored_at = folder / "tokenizer_config.json", folder / "tokenizer.json"
     truncation, padding = rust.truncation or {}, rust.padding or {}
     named = {key: settings.get(key, own) for key, own in {**dict.fromkeys(_NAMES), **_OWN_NAMES[kind]}.items()}
     if kind == _WHOLE and padding and "pad_token" not in settings:
@@ -173,13 +175,13 @@ def _apply(folder: Path, kind: str, rust: RustTokenizer, settings: dict[str, Any
     extra = settings.get("extra_special_tokens", settings.get("additional_special_tokens")) or []
     for key, value in [*named.items(), *(("extra_special_tokens", value) for value in extra)]:
         if not isinstance(value, (str, AddedToken, type(None))):
-            raise CheckpointError(f"{folder}: {key} of the tokenizer is {shown(value)}; it must be a token's name")
+            raise CheckpointError(f"{beside}: {key} is {shown(value)}; it must be a token or its name")
     if kind != _WHOLE:
-        stored = read_json(folder / "tokenizer.json", _MAX_REBUILT_BYTES)
+        stored = read_json(stored_at, _MAX_REBUILT_BYTES)
         rust = (_bert if kind == _BERT else _xlmr)(stored, settings, named)
     if getattr(rust.model, "dropout", None):
         raise CheckpointError(
-            f"{folder / 'tokenizer.json'}: dropout of its model is {rust.model.dropout}: every call would "
+            f"{stored_at}: dropout of its model is {rust.model.dropout}: every call would "
             "give other tokens; set it to null there"
         )
     # Truncation is done by our own code, not by the library, which keeps all that it cuts off: for a pair every cut
@@ -188,12 +190,12 @@ def _apply(folder: Path, kind: str, rust: RustTokenizer, settings: dict[str, Any
     rust.no_truncation()
     _add(rust, settings["added_tokens_decoder"], named, extra)
     rust.encode_special_tokens = settings.get("split_special_tokens", False)
-    _set_template(kind, rust, settings, named)
+    _set_template(beside, kind, rust, settings, named)
     sides = {}
     for key, default in (("truncation_side", truncation), ("padding_side", padding)):
         sides[key] = settings.get(key) or default.get("direction", "right")
         if sides[key] not in _SIDES:
-            raise CheckpointError(f"{folder}: {key} of the tokenizer is {shown(sides[key])}; it must be right or left")
+            raise CheckpointError(f"{beside}: {key} is {shown(sides[key])}; it must be 'right' or 'left'")
     asked = settings.get("model_input_names") or (["token_type_ids"] if kind == _BERT else [])
     clean = settings.get("clean_up_tokenization_spaces", False)
     if isinstance(rust.model, models.BPE):  # it would take spaces that are part of the text
@@ -253,12 +255,14 @@ def _xlmr(stored: dict[str, Any], settings: dict[str, Any], named: dict[str, Any
     return made
 
 
-def _set_template(kind: str, rust: RustTokenizer, settings: dict[str, Any], named: dict[str, Any]) -> None:
+def _set_template(
+    beside: Path, kind: str, rust: RustTokenizer, settings: dict[str, Any], named: dict[str, Any]
+) -> None:
     """The special tokens of texts and pairs, where the class or keywords say so."""
     ends = {_BERT: ("cls_token", "sep_token"), _XLMR: ("bos_token", "eos_token")}.get(kind, ())
     for key in ends:
         if named[key] is None:
-            raise CheckpointError(f"{key} of the tokenizer is null; a {kind} needs one")
+            raise CheckpointError(f"{beside}: {key} is null; a {kind} needs one")
     if kind == _BERT:
         first, last = str(named["cls_token"]), str(named["sep_token"])
         single, pair = [first, "$A", last], [first, "$A", last, "$B:1", f"{last}:1"]

@@ -76,7 +76,7 @@ class Tokenizer:
         self._rust = files.rust
         self.names, self.padding_side = files.names, files.padding_side
         self._keeps_beginning, self._cleans_up = files.truncation_side == "right", files.cleans_up
-        with no_panic(f"{folder / 'tokenizer.json'} can't be used"):
+        with no_panic(f"{folder / 'tokenizer.json'} can't be read"):
             own = self._rust.normalizer
             steps: list[Any] = list(iter(own)) if isinstance(own, Sequence) else [own] if own else []
             if lower_case and not any(isinstance(step, Lowercase) for step in steps):

@@ -7,6 +7,7 @@ BertTokenizer and XLMRobertaTokenizer keep the file's vocabulary only, and build
 from __future__ import annotations
 
 import base64
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -71,8 +72,10 @@ def read_tokenizer(folder: Path, given: Mapping[str, Any] | None = None) -> Toke
     stored = _optional(beside, MAX_TOKENIZER_JSON_BYTES)
     if not os.path.lexists(path):
         raise CheckpointError(_advice(folder, stored))
-    if not path.is_file() or path.stat().st_size > _MAX_BYTES:
-        raise CheckpointError(f"{path} is no file of at most {_MAX_BYTES} bytes")
+    if not path.is_file():
+        raise CheckpointError(f"no tokenizer.json in {folder}: what has that name is no readable file; restore it")
+    if path.stat().st_size > _MAX_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {_MAX_BYTES} are read")
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise CheckpointError(
@@ -81,9 +84,17 @@ def read_tokenizer(folder: Path, given: Mapping[str, Any] | None = None) -> Toke
     given = given or {}
     kind = _class(folder, stored, beside)
     with no_panic(f"{path} can't be read"):
-        rust = RustTokenizer.from_file(str(path))
+        made: dict[str, Any] = {}
+        if kind == _WHOLE:
+            rust = RustTokenizer.from_file(str(path))
+            there = rust.get_added_tokens_decoder()
+        else:  # its vocabulary goes into another model: reading it twice would take a second
+            made = read_json(path, _MAX_BYTES)
+            bare = {"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+            rust = RustTokenizer.from_str(json.dumps({**made, **bare}))
+            there = {token["id"]: _token(token) for token in made.get("added_tokens") or []}
     with no_panic(f"{beside} and the files beside it can't be used"):
-        return _apply(folder, kind, rust, _settings(folder, rust, stored, given))
+        return _apply(folder, kind, rust, made, _settings(folder, there, stored, given))
 
 
 def _class(folder: Path, stored: Mapping[str, Any], beside: Path) -> str:
@@ -104,7 +115,9 @@ def _class(folder: Path, stored: Mapping[str, Any], beside: Path) -> str:
     return found
 
 
-def _settings(folder: Path, rust: RustTokenizer, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(
+    folder: Path, there: dict[int, AddedToken], stored: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
     """All settings, the special tokens and `added_tokens_decoder` among them as AddedToken or str."""
     beside = folder / "tokenizer_config.json"
     settings = {key: value for key, value in stored.items() if key not in ("add_bos_token", "add_eos_token")}
@@ -130,7 +143,7 @@ def _settings(folder: Path, rust: RustTokenizer, stored: Mapping[str, Any], give
             raise CheckpointError(f"{beside}: added_tokens_decoder is {shown(listed)}; it must map ids to tokens")
         added = {int(i): _token(token) for i, token in listed.items()}
     else:
-        added = _older_files(folder, rust, settings, given)
+        added = _older_files(folder, there, settings, given)
     settings = {key: _typed(value) for key, value in settings.items()}
     by_content = {str(token): token for token in added.values()}
     for key in _NAMES:
@@ -140,9 +153,9 @@ def _settings(folder: Path, rust: RustTokenizer, stored: Mapping[str, Any], give
 
 
 def _older_files(
-    folder: Path, rust: RustTokenizer, settings: dict[str, Any], given: Mapping[str, Any]
+    folder: Path, there: dict[int, AddedToken], settings: dict[str, Any], given: Mapping[str, Any]
 ) -> dict[int, AddedToken]:
-    """Where tokenizer_config.json doesn't list the added tokens: those of added_tokens.json and tokenizer.json.
+    """Where tokenizer_config.json lists no added tokens: those of added_tokens.json and tokenizer.json (`there`).
     special_tokens_map.json wins over `settings`, which it changes."""
     for key, value in _optional(folder / "special_tokens_map.json").items():
         if given.get(key):
@@ -163,11 +176,13 @@ def _older_files(
     added = {
         i: AddedToken(token, normalized=token not in special, special=token in special) for token, i in more.items()
     }
-    return added | rust.get_added_tokens_decoder()
+    return added | there
 
 
-def _apply(folder: Path, kind: str, rust: RustTokenizer, settings: dict[str, Any]) -> TokenizerFiles:
-    beside, stored_at = folder / "tokenizer_config.json", folder / "tokenizer.json"
+def _apply(
+    folder: Path, kind: str, rust: RustTokenizer, made: dict[str, Any], settings: dict[str, Any]
+) -> TokenizerFiles:
+    beside = folder / "tokenizer_config.json"
     truncation, padding = rust.truncation or {}, rust.padding or {}
     named = {key: settings.get(key, own) for key, own in {**dict.fromkeys(_NAMES), **_OWN_NAMES[kind]}.items()}
     if kind == _WHOLE and padding and "pad_token" not in settings:
@@ -182,11 +197,10 @@ def _apply(folder: Path, kind: str, rust: RustTokenizer, settings: dict[str, Any
         if not isinstance(value, (str, AddedToken, type(None))):
             raise CheckpointError(f"{beside}: {key} is {shown(value)}; it must be a token or its name")
     if kind != _WHOLE:
-        stored = read_json(stored_at, _MAX_BYTES)
-        rust = (_bert if kind == _BERT else _xlmr)(stored, settings, named)
+        rust = (_bert if kind == _BERT else _xlmr)(made, settings, named)
     if getattr(rust.model, "dropout", None):
         raise CheckpointError(
-            f"{stored_at}: dropout of its model is {rust.model.dropout}: every call would "
+            f"{folder / 'tokenizer.json'}: dropout of its model is {rust.model.dropout}: every call would "
             "give other tokens; set it to null there"
         )
     # Truncation is done by our own code, not by the library, which keeps all that it cuts off: for a pair every cut
@@ -338,8 +352,8 @@ def _advice(folder: Path, stored: Mapping[str, Any]) -> str:
                 f"{named or usual} as T; T.from_pretrained('FOLDER').save_pretrained('FOLDER')\", FOLDER being its path"
             )
     return (
-        f"no tokenizer in {folder} (a Trainer's checkpoint may have none): copy tokenizer.json, tokenizer_config.json "
-        "and special_tokens_map.json, those that there are, from the base model that it was trained from"
+        f"no tokenizer.json in {folder} (a Trainer's checkpoint may have none): copy it, tokenizer_config.json and "
+        "special_tokens_map.json, those that there are, from the base model that it was trained from"
     )
 
 

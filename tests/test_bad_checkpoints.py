@@ -983,5 +983,7 @@ def test_fill_mask_refuses_a_tokenizer_without_a_mask(make_checkpoint):
     folder, _ = make_checkpoint("ModernBertForMaskedLM", num_hidden_layers=1)
     model = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
     write(folder / "tokenizer.json", tokenizer_with(model=model))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # one that they name would be added
+        (folder / name).unlink()
     with pytest.raises(ValueError, match="mask"):
         list(FillMask.from_pretrained(folder)("a [MASK]"))

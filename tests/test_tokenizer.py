@@ -200,7 +200,7 @@ def test_a_limit_without_room_for_text_is_refused(max_length):
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no tokenizer in .*: copy tokenizer\.json, .* from the base model"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json in .*: copy it, .* from the base model"):
         Tokenizer(tmp_path, 16)
 
 

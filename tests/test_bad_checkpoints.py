@@ -580,15 +580,16 @@ def test_a_mask_token_that_is_no_token_is_refused(folder, token):
     """As transformers does."""
     write(folder / "tokenizer_config.json", {"mask_token": token})
     (folder / "special_tokens_map.json").unlink()
-    with pytest.raises(CheckpointError, match="mask_token is .*; it must be a token or its name"):
+    with pytest.raises(CheckpointError, match=r"mask_token is .*; it must be a token or its name"):
         Tokenizer(folder, 16)
 
 
 def test_a_mask_token_that_is_new_is_added(folder):
     """As transformers does: the network refuses its id where a text has it."""
+    write(folder / "tokenizer_config.json", {})
+    (folder / "special_tokens_map.json").unlink()
     size = Tokenizer(folder, 16)._rust.get_vocab_size()
     write(folder / "tokenizer_config.json", {"mask_token": "no such token"})
-    (folder / "special_tokens_map.json").unlink()
     tokenizer = Tokenizer(folder, 16)
     assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("no such token", size)
 

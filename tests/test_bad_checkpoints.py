@@ -581,12 +581,31 @@ def test_malformed_settings_of_the_tokenizer_are_refused(folder, name, content):
         Tokenizer(folder, 16)
 
 
-@pytest.mark.parametrize("token", [5, [], {}, {"content": 5}, "", "no such token", None, True])
+@pytest.mark.parametrize("token", ["", None])
 def test_a_mask_token_that_is_none_is_passed_over(folder, token):
     write(folder / "tokenizer_config.json", {"mask_token": token})
     (folder / "special_tokens_map.json").unlink()
     tokenizer = Tokenizer(folder, 16)
     assert tokenizer.mask_token == "[MASK]"
+
+
+@pytest.mark.parametrize("token", [5, [], {}, {"content": 5}, True])
+def test_a_mask_token_that_is_no_token_is_refused(folder, token):
+    """As transformers does."""
+    write(folder / "tokenizer_config.json", {"mask_token": token})
+    (folder / "special_tokens_map.json").unlink()
+    with pytest.raises(CheckpointError, match=r"mask_token is .*; it must be a token or its name"):
+        Tokenizer(folder, 16)
+
+
+def test_a_mask_token_that_is_new_is_added(folder):
+    """As transformers does: the network refuses its id where a text has it."""
+    write(folder / "tokenizer_config.json", {})
+    (folder / "special_tokens_map.json").unlink()
+    size = Tokenizer(folder, 16)._rust.get_vocab_size()
+    write(folder / "tokenizer_config.json", {"mask_token": "no such token"})
+    tokenizer = Tokenizer(folder, 16)
+    assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("no such token", size)
 
 
 def test_settings_as_long_as_gemma_s_are_read(folder):
@@ -997,5 +1016,7 @@ def test_fill_mask_refuses_a_tokenizer_without_a_mask(make_checkpoint):
     folder, _ = make_checkpoint("ModernBertForMaskedLM", num_hidden_layers=1)
     model = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
     write(folder / "tokenizer.json", tokenizer_with(model=model))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # one that they name would be added
+        (folder / name).unlink()
     with pytest.raises(ValueError, match="mask"):
         list(FillMask.from_pretrained(folder)("a [MASK]"))

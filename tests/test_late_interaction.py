@@ -462,6 +462,19 @@ def test_padding_on_the_left_gives_sentence_transformers_vectors(pylate, monkeyp
     assert np.abs(queries[0] - right[0]).max() > 0.01
 
 
+def test_tokenizer_json_s_padding_side_counts_where_no_other_file_has_one(pylate):
+    folder = pylate()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("padding_side", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    stored["padding"] = {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None}
+    stored["padding"] |= {"pad_id": 50283, "pad_type_id": 0, "pad_token": "[PAD]"}
+    (folder / "tokenizer.json").write_text(json.dumps(stored), encoding="utf-8")
+    assert LateInteraction.from_pretrained(folder, device="cpu").pads_left
+    assert_equal_to_reference(folder)
+
+
 def test_padding_on_the_left_beyond_a_local_window_is_refused(pylate):
     folder = set_padding_side(pylate(query_length=90), "left")
     with pytest.raises(CheckpointError, match=r"padding_side is .left., and queries are padded to 90 tokens; .* to 65"):

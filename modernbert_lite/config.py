@@ -23,6 +23,9 @@ ACTIVATIONS = (
     "relu",
     "gelu_pytorch_tanh",
     "gelu_10",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
     "hardswish",
     "laplace",
     "leaky_relu",
@@ -35,15 +38,8 @@ ACTIVATIONS = (
     "sqrtsoftplus",
     "tanh",
 )
-# The same functions by other names: they differ by how they were written down, and so by fp32's rounding.
-_SAME_ACTIVATIONS = {
-    "swish": "silu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_pytorch_tanh",
-    "gelu_fast": "gelu_pytorch_tanh",
-    "gelu_accurate": "gelu_pytorch_tanh",
-    "gelu_python_tanh": "gelu_pytorch_tanh",
-}
+# The same functions by other names.
+_SAME_ACTIVATIONS = {"swish": "silu", "gelu_accurate": "gelu_new", "gelu_python_tanh": "gelu_new"}
 # Keys that change transformers' numbers, or its choice of files, in ways that aren't supported here.
 _REFUSED = {
     "quantization_config": "quantized weights are not read; save the model without it, in float32, float16 or bfloat16",
@@ -126,7 +122,7 @@ class ModernBertConfig:
         layers = get.whole("num_hidden_layers", 22)
         hidden, heads, head_dim = _sizes(get)
         pooling = get.choice("classifier_pooling", "cls", ("cls", "mean"))
-        architectures = _architectures(get)
+        architectures = _architectures(get, foreign=("Gte", "New"))
         return cls(
             architecture=(architectures or ["ModernBertModel"])[0],
             names_architecture=bool(architectures),
@@ -210,7 +206,7 @@ class GteConfig:
                 f"{key} is {shown(get.raw[key])}, which Alibaba's NewConfig has, and rope_parameters make this "
                 "transformers' GteConfig, which doesn't have it: leave one of them out"
             )
-        architectures = _architectures(get)
+        architectures = _architectures(get, foreign=("ModernBert",))
         labels = _labels(get)
         act = _activation(get, "hidden_act")
         return cls(
@@ -404,12 +400,19 @@ def _gte_rope(get: Reader, native: bool, longest: int, head_dim: int) -> Rope:
     return read_rope(read, theta, known, name, longest=longest, head_dim=head_dim, truncate=bool(truncate))
 
 
-def _architectures(get: Reader) -> list[str]:
-    """The class names, of which there may be none: null, an empty list, or nulls in it."""
+def _architectures(get: Reader, foreign: tuple[str, ...]) -> list[str]:
+    """The class names, of which there may be none: null, an empty list, or nulls in it. foreign: how those of the other
+    family begin."""
     names = get.raw.get("architectures") or []
     if not isinstance(names, list) or not all(name is None or isinstance(name, str) for name in names):
         raise CheckpointError(f"architectures is {shown(names)}; it must be a list of class names")
-    return [name for name in names if name]
+    named = [name for name in names if name]
+    if named and named[0].startswith(foreign):
+        raise CheckpointError(
+            f"architectures names {shown(named[0])}, which is no class of model_type {get.raw['model_type']!r}: one of "
+            "the two is wrong"
+        )
+    return named
 
 
 def _labels(get: Reader) -> tuple[str, ...]:

@@ -47,6 +47,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
     "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
+    # Written out as their checkpoints were trained with them: they differ from F.gelu by up to 1e-6.
+    "gelu_fast": lambda x: 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x))),
+    "gelu_new": lambda x: 0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3)))),
+    "gelu_python": lambda x: 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2))),
     "hardswish": F.hardswish,
     "laplace": lambda x: 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),  # arXiv 2209.10655
     "leaky_relu": F.leaky_relu,

@@ -404,9 +404,9 @@ def _architectures(get: Reader, foreign: tuple[str, ...]) -> list[str]:
     """The class names, of which there may be none: null, an empty list, or nulls in it. foreign: how those of the other
     family begin."""
     names = get.raw.get("architectures") or []
-    if not isinstance(names, list) or not all(name is None or isinstance(name, str) for name in names):
+    named = [name for name in names if name] if isinstance(names, list) else [None]
+    if not all(isinstance(name, str) and re.fullmatch(r"\w{1,100}", name, re.ASCII) for name in named):
         raise CheckpointError(f"architectures is {shown(names)}; it must be a list of class names")
-    named = [name for name in names if name]
     if named and named[0].startswith(foreign):
         raise CheckpointError(
             f"architectures names {shown(named[0])}, which is no class of model_type {get.raw['model_type']!r}: one of "
@@ -417,7 +417,8 @@ def _architectures(get: Reader, foreign: tuple[str, ...]) -> list[str]:
 
 def _labels(get: Reader) -> tuple[str, ...]:
     """One a row of the classifier, as many as id2label has ids; without it LABEL_0.. as many as num_labels
-    (transformers' default: 2). A row whose id was left out of id2label is LABEL_ and its number."""
+    (transformers' default: 2). A row whose id was left out of id2label is LABEL_ and its number. (Where the two
+    disagree id2label wins in transformers 4 and here, num_labels in 5: the weights' shape tells, at load.)"""
     named = get.raw.get("id2label")
     if not named:
         get.mapping("id2label")

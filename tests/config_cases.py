@@ -14,7 +14,7 @@ import transformers
 import modernbert_lite as ml
 
 VOCAB = 61
-LENGTHS = (1, 2, 9, 17, 40, 33)  # on both sides of an original length of 8 or 16, and of 32 positions
+LENGTHS = (1, 8, 9, 16, 17, 40, 32, 33)  # on both sides of an original length of 8 or 16, and of 32 positions
 _IDS = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 MODERNBERT: dict[str, Any] = {
     "vocab_size": VOCAB,

@@ -444,6 +444,8 @@ REFUSED = {
     "'true' for a bool": ({"tie_word_embeddings": "true"}, ["tie_word_embeddings", "'true'", "true or false"]),
     "architectures a string": ({"architectures": "ModernBertModel"}, ["architectures", "'ModernBertModel'", "list"]),
     "architectures of numbers": ({"architectures": [5]}, ["architectures", "[5]", "list"]),
+    "architectures no names": ({"architectures": ["a\nb"]}, ["architectures", "'a\\nb'", "list of class names"]),
+    "architectures without end": ({"architectures": ["a" * 5000]}, ["architectures", "…", "list of class names"]),
     "id2label a list": ({"id2label": ["a", "b"]}, ["id2label", "['a', 'b']", "object"]),
     "id2label by names": ({"id2label": {"a": "0"}}, ["id2label", "'a'", "whole numbers"]),
     "pad a string": ({"pad_token_id": "[PAD]"}, ["pad_token_id", "'[PAD]'", "whole number"]),

@@ -163,11 +163,6 @@ def test_a_scaling_that_alibaba_s_class_doesn_t_know_makes_it_transformers(tmp_p
     assert ml.read_config(tmp_path).rope.theta == theta.get("rope_theta", 160_000.0)
 
 
-def test_a_null_rope_scaling_doesn_t_tell_the_dialect():
-    with pytest.raises(CheckpointError, match="their defaults differ"):
-        GteConfig.from_dict({"model_type": "gte", "rope_scaling": None})
-
-
 @pytest.mark.parametrize("kind", ["yarn", "linear"])
 def test_a_type_by_its_old_key_applies_to_modernbert_with_a_warning(kind):
     """transformers 4 takes it; 5 keeps plain RoPE, unless rope_parameters without a type stand beside it."""

@@ -406,7 +406,7 @@ def test_a_bad_value_is_refused_with_its_key_its_value_and_what_is_accepted(tmp_
         assert part in message
 
 
-@pytest.mark.parametrize("extra", [{}, {"rope_parameters": None}, {"rope_parameters": {}}])
+@pytest.mark.parametrize("extra", [{}, {"rope_parameters": None}, {"rope_parameters": {}}, {"rope_scaling": None}])
 def test_a_config_whose_dialect_can_t_be_told_is_refused(extra):
     raw = {"model_type": "gte", "vocab_size": 997, "hidden_size": 768, "num_attention_heads": 12, **extra}
     with pytest.raises(CheckpointError) as caught:

@@ -404,7 +404,7 @@ def _architectures(get: Reader, foreign: tuple[str, ...]) -> list[str]:
     """The class names, of which there may be none: null, an empty list, or nulls in it. foreign: how those of the other
     family begin."""
     names = get.raw.get("architectures") or []
-    named = [name for name in names if name] if isinstance(names, list) else [None]
+    named: list[Any] = [name for name in names if name] if isinstance(names, list) else [None]
     if not all(isinstance(name, str) and re.fullmatch(r"\w{1,100}", name, re.ASCII) for name in named):
         raise CheckpointError(f"architectures is {shown(names)}; it must be a list of class names")
     if named and named[0].startswith(foreign):

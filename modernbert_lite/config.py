@@ -5,17 +5,49 @@ Needs no torch, so that `modernbert-lite info` and error messages stay quick.
 
 from __future__ import annotations
 
-import math
+import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .reading import CheckpointError, Reader, is_there, read_json, shown
+from .rope_config import ROPE_TYPES, Rope, read_rope
 
-# The ones that ModernBERT checkpoints have been seen to name are "gelu" (exact erf) and "silu".
-ACTIVATIONS = ("gelu", "silu", "relu", "gelu_pytorch_tanh")
-ROPE_TYPES = ("default", "linear", "yarn")
+# The activations that transformers knows (its ACT2FN), but for prelu and xielu, which have weights. Checkpoints of
+# these models have been seen to name "gelu" (exact, by erf) and "silu".
+ACTIVATIONS = (
+    "gelu",
+    "silu",
+    "relu",
+    "gelu_pytorch_tanh",
+    "gelu_10",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
+    "hardswish",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "sqrtsoftplus",
+    "tanh",
+)
+# The same functions by other names.
+_SAME_ACTIVATIONS = {"swish": "silu", "gelu_accurate": "gelu_new", "gelu_python_tanh": "gelu_new"}
+# Keys that change transformers' numbers, or its choice of files, in ways that aren't supported here.
+_REFUSED = {
+    "quantization_config": "quantized weights are not read; save the model without it, in float32, float16 or bfloat16",
+    "per_layer_config": "all layers must have the same settings",
+    "is_causal": "these are encoders, whose tokens see both sides",
+    "configuration_files": "only config.json is read; put the right one in its place",
+    "transformers_weights": "weights are read from model.safetensors and its index only",
+}
 FULL, SLIDING = "full_attention", "sliding_attention"
 # What Alibaba's NewConfig has and transformers' GteConfig doesn't: a file with one of them speaks the older dialect.
 _NEW_CONFIG_KEYS = (
@@ -28,22 +60,7 @@ _NEW_CONFIG_KEYS = (
     "logn_attention_scale",
     "logn_attention_clip1",
 )
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding of one kind of layer. `yarn` as in arXiv 2309.00071; `linear` divides positions by `factor`;
-    `ntk`, GTE's own: theta times `factor`, all frequencies over factor^(2 / head_dim), or mixed, where it has an
-    exponent for that: frequency m (from 1) over exp(a m^mixed_b), the last one over `factor`."""
-
-    theta: float
-    type: str = "default"
-    factor: float = 1.0
-    original_max_position_embeddings: int = 8192
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0  # multiplies cos and sin
-    mixed_b: float | None = None
+_ROPE_160_000, _ROPE_10_000 = Rope(160_000.0), Rope(10_000.0)
 
 
 @dataclass(frozen=True)
@@ -63,8 +80,8 @@ class ModernBertConfig:
     mlp_bias: bool = False
     layer_types: tuple[str, ...] = tuple(SLIDING if i % 3 else FULL for i in range(22))
     local_attention: int = 128  # the whole window: a token sees local_attention // 2 on each side, inclusive
-    full_rope: Rope = Rope(160_000.0)
-    sliding_rope: Rope = Rope(10_000.0)
+    full_rope: Rope = _ROPE_160_000
+    sliding_rope: Rope = _ROPE_10_000
     classifier_pooling: str = "cls"
     classifier_bias: bool = False  # bias of head.dense; the classifier itself always has one
     classifier_activation: str = "gelu"
@@ -73,6 +90,7 @@ class ModernBertConfig:
     pad_token_id: int | None = None
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     activation_fn: str | None = None  # the activation that a cross-encoder names for its scores
+    names_architecture: bool = field(default=True, compare=False)  # False: config.json names none
 
     @property
     def num_hidden_layers(self) -> int:
@@ -80,7 +98,6 @@ class ModernBertConfig:
 
     @property
     def head_dim(self) -> int:
-        # hidden_size / heads, whatever a `head_dim` key says: the reference's attention ignores that key.
         return self.hidden_size // self.num_attention_heads
 
     def window_size(self, layer: int) -> tuple[int, int]:
@@ -93,32 +110,39 @@ class ModernBertConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> ModernBertConfig:
         """Reads a parsed config.json of transformers 4.48 (theta keys), 5 (`layer_types`, `rope_parameters`) or both.
 
-        Unknown keys are ignored. Raises CheckpointError naming the key, the value and what is accepted.
+        Ignored are unknown keys, and those that change no number of transformers 5's network: dropouts,
+        initializer_*, ids of special tokens, sparse_*, deterministic_flash_attn, problem_type, dtype, is_decoder,
+        chunk_size_feed_forward, attn_implementation; `truncate` of YaRN and `original_max_position_embeddings` beside
+        the layers' kinds, which it reads for other models; layer_norm_eps, position_embedding_type and rope_theta,
+        which are other models'. Raises CheckpointError naming the key, the value and what is accepted.
         """
         _check_type(raw, cls)
         get = Reader(raw)
+        _refuse_keys(get)
         layers = get.whole("num_hidden_layers", 22)
-        hidden, heads = _sizes(get)
+        hidden, heads, head_dim = _sizes(get)
         pooling = get.choice("classifier_pooling", "cls", ("cls", "mean"))
+        architectures = _architectures(get, foreign=("Gte", "New"))
         return cls(
-            architecture=_architectures(raw, "ModernBertModel")[0],
+            architecture=(architectures or ["ModernBertModel"])[0],
+            names_architecture=bool(architectures),
             vocab_size=get.whole("vocab_size", 50368),
             hidden_size=hidden,
             intermediate_size=get.whole("intermediate_size", 1152),
             num_attention_heads=heads,
-            hidden_activation=get.choice("hidden_activation", "gelu", ACTIVATIONS),
+            hidden_activation=_activation(get, "hidden_activation"),
             max_position_embeddings=get.whole("max_position_embeddings", 8192),
             norm_eps=get.number("norm_eps", 1e-5),
             norm_bias=get.flag("norm_bias", False),
             attention_bias=get.flag("attention_bias", False),
             mlp_bias=get.flag("mlp_bias", False),
             layer_types=_layer_types(get, layers),
-            local_attention=get.whole("local_attention", 128),
-            full_rope=_rope(get, FULL),
-            sliding_rope=_rope(get, SLIDING),
+            local_attention=_local_attention(get),
+            full_rope=_rope(get, FULL, head_dim),
+            sliding_rope=_rope(get, SLIDING, head_dim),
             classifier_pooling=pooling,
             classifier_bias=get.flag("classifier_bias", False),
-            classifier_activation=get.choice("classifier_activation", "gelu", ACTIVATIONS),
+            classifier_activation=_activation(get, "classifier_activation"),
             decoder_bias=get.flag("decoder_bias", True),
             tie_word_embeddings=get.flag("tie_word_embeddings", True),
             pad_token_id=get.token_id("pad_token_id"),
@@ -144,37 +168,50 @@ class GteConfig:
     layer_norm_type: str = "layer_norm"  # of the layers' norms; the embeddings' is always a LayerNorm
     layer_norm_eps: float = 1e-12
     position_embedding_type: str = "rope"
-    rope: Rope = Rope(10_000.0)
+    rope: Rope = _ROPE_10_000
     logn_attention_scale: bool = False  # queries times ln(length) / ln(max_position_embeddings)
     logn_attention_clip1: bool = False  # but not below 1
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     activation_fn: str | None = None
+    names_architecture: bool = field(default=True, compare=False)  # as in ModernBertConfig
+    own_head_dim: int | None = None  # where it isn't hidden_size / num_attention_heads: transformers' GteConfig only
     sparse: bool = False  # beside the encoder the file has a weight for each token (gte-multilingual-base)
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        return self.own_head_dim or self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> GteConfig:
         """Reads a parsed config.json of model_type "new" or "gte": NewConfig's (also as transformers 5 saves it again)
         or transformers' own GteConfig, which has other defaults.
 
-        Unknown keys are ignored. Raises CheckpointError naming the key, the value and what is accepted.
+        Ignored are unknown keys, and those that change no number: dropouts, initializer_range, ids of special tokens,
+        problem_type, dtype, is_decoder, chunk_size_feed_forward, attn_implementation, pack_qkv, unpad_inputs,
+        use_memory_efficient_attention. Raises CheckpointError naming the key, the value and what is accepted.
         """
         _check_type(raw, cls)
         get = Reader(raw)
-        hidden, heads = _sizes(get)
+        _refuse_keys(get)
         native = _is_native(get)
+        hidden, heads, head_dim = _sizes(get, own_head_dim=native)
         logn = get.flag("logn_attention_scale", False, strings=True)  # by a logarithm, which 1 has none of
         longest = get.whole("max_position_embeddings", 8192 if native else 2048, least=2 if logn else 1)
-        architectures = _architectures(raw, "GteModel" if native else "NewModel")
+        norm_type = get.choice("layer_norm_type", "layer_norm", ("layer_norm", "rms_norm"))
+        if native and (logn or norm_type != "layer_norm"):
+            key = "logn_attention_scale" if logn else "layer_norm_type"
+            raise CheckpointError(
+                f"{key} is {shown(get.raw[key])}, which Alibaba's NewConfig has, and rope_parameters make this "
+                "transformers' GteConfig, which doesn't have it: leave one of them out"
+            )
+        architectures = _architectures(get, foreign=("ModernBert",))
         labels = _labels(get)
-        act = get.choice("hidden_act", "gelu", ACTIVATIONS)
+        act = _activation(get, "hidden_act")
         return cls(
-            architecture=architectures[0],
+            architecture=(architectures or ["GteModel" if native else "NewModel"])[0],
+            names_architecture=bool(architectures),
             vocab_size=get.whole("vocab_size", 250048 if native else 30528),
             hidden_size=hidden,
             num_hidden_layers=get.whole("num_hidden_layers", 12),
@@ -184,13 +221,14 @@ class GteConfig:
             head_act="gelu" if native else act,
             max_position_embeddings=longest,
             type_vocab_size=get.whole("type_vocab_size", 1, least=0),
-            layer_norm_type=get.choice("layer_norm_type", "layer_norm", ("layer_norm", "rms_norm")),
+            layer_norm_type=norm_type,
             layer_norm_eps=get.number("layer_norm_eps", 1e-12),
             # transformers' own class ignores the key, which files converted from BERT's still have.
             position_embedding_type="rope"
             if native
             else get.choice("position_embedding_type", "rope", ("rope", "absolute")),
-            rope=_gte_rope(get, native, longest),
+            rope=_gte_rope(get, native, longest, head_dim),
+            own_head_dim=None if head_dim * heads == hidden else head_dim,
             logn_attention_scale=logn,
             logn_attention_clip1=get.flag("logn_attention_clip1", False, strings=True),
             tie_word_embeddings=get.flag("tie_word_embeddings", True, strings=True),
@@ -233,13 +271,38 @@ def _check_type(raw: Mapping[str, Any], wanted: type[Config]) -> None:
     raise CheckpointError(f"model_type {shown(model_type)} is not supported{decoder}; known: {known}")
 
 
-def _sizes(get: Reader) -> tuple[int, int]:
+def _refuse_keys(get: Reader) -> None:
+    for key, why in _REFUSED.items():
+        if get.raw.get(key):
+            raise CheckpointError(f"{key} is {shown(get.raw[key])}: {why}")
+
+
+def _sizes(get: Reader, own_head_dim: bool = False) -> tuple[int, int, int]:
+    """hidden_size, heads, and the size of one. own_head_dim: a `head_dim` key may make it another than their quotient,
+    as in transformers' GteModel. The other networks have no use for the key: transformers 4 ignores it, and 5 fails
+    where it differs (but for odd ones, of which some change its RoPE: those are refused)."""
     hidden, heads = get.whole("hidden_size", 768), get.whole("num_attention_heads", 12)
+    named = None if get.raw.get("head_dim") is None else get.whole("head_dim", 1)
+    if named is not None and named % 2:
+        raise CheckpointError(f"head_dim is {named}; it must be even (for RoPE)")
+    if own_head_dim and named is not None:
+        return hidden, heads, named
     if hidden % heads or (hidden // heads) % 2:
         raise CheckpointError(
             f"hidden_size {hidden} over num_attention_heads {heads} must give a whole, even head size (for RoPE)"
         )
-    return hidden, heads
+    return hidden, heads, hidden // heads
+
+
+def _activation(get: Reader, key: str) -> str:
+    named = get.choice(key, "gelu", (*ACTIVATIONS, *_SAME_ACTIVATIONS))
+    return _SAME_ACTIVATIONS.get(named, named)
+
+
+def _local_attention(get: Reader) -> int:
+    """The whole window. transformers 5 lets `sliding_window`, half of it, win over `local_attention`."""
+    whole = get.whole("local_attention", 128, least=0)
+    return whole if get.raw.get("sliding_window") is None else 2 * get.whole("sliding_window", 64, least=0)
 
 
 def _layer_types(get: Reader, layers: int) -> tuple[str, ...]:
@@ -256,12 +319,17 @@ def _layer_types(get: Reader, layers: int) -> tuple[str, ...]:
     return tuple(types)
 
 
-def _rope(get: Reader, kind: str) -> Rope:
+def _rope(get: Reader, kind: str, head_dim: int) -> Rope:
     """RoPE of one kind of layer: rope_parameters[kind], then rope_scaling (both kinds), then the theta keys."""
-    per_kind = get.mapping("rope_parameters")
-    if per_kind and not set(per_kind) & {FULL, SLIDING}:
-        raise CheckpointError(f"rope_parameters has {shown(sorted(per_kind))}; it must hold {FULL!r} and {SLIDING!r}")
-    values = {**Reader(per_kind).mapping(kind), **get.mapping("rope_scaling")}
+    per_kind, scaling = get.mapping("rope_parameters"), get.mapping("rope_scaling")
+    if set(per_kind) - {FULL, SLIDING}:
+        raise CheckpointError(
+            f"rope_parameters has {shown(sorted(per_kind))}; it may hold {FULL!r} and {SLIDING!r} only"
+        )
+    values = {**Reader(per_kind).mapping(kind), **scaling}
+    _check_typed(values, f"RoPE of {kind}", ROPE_TYPES)
+    if values.get("partial_rotary_factor") is None:
+        values["partial_rotary_factor"] = get.raw.get("partial_rotary_factor")
     read = Reader(values)
 
     # `local_rope_theta: null` means the global theta in transformers 4.48-4.57; an absent key means 10,000.
@@ -270,7 +338,23 @@ def _rope(get: Reader, kind: str) -> Rope:
         theta = get.number("local_rope_theta", 10_000.0)
     theta = read.number("rope_theta", theta)
 
-    return _rope_of(read, theta, ROPE_TYPES, f"rope type {{}} of {kind}", get.whole("max_position_embeddings", 8192))
+    longest = get.whole("max_position_embeddings", 8192)
+    rope = read_rope(read, theta, ROPE_TYPES, f"rope type {{}} of {kind}", longest=longest, head_dim=head_dim)
+    if kind == FULL and "rope_type" not in values and get.raw.get("rope_parameters") is None and rope != Rope(theta):
+        warnings.warn(
+            f"rope_scaling names {rope.type!r} by its old key `type`, as transformers 4 wrote it: it applies here, and "
+            "transformers 5 leaves it out for ModernBERT. Write `rope_type` to have the same in both",
+            stacklevel=2,
+        )
+    return rope
+
+
+def _check_typed(values: Mapping[str, Any], where: str, known: tuple[str, ...]) -> None:
+    """Refuses a factor, say, without a type: it would be passed over."""
+    typeless = ("rope_theta", "partial_rotary_factor")
+    said = sorted(key for key, value in values.items() if value is not None and key not in typeless)
+    if said and values.get("rope_type") is None and values.get("type") is None:
+        raise CheckpointError(f"{where} has {shown(said)} and no type; rope_type must be one of {', '.join(known)}")
 
 
 def _is_native(get: Reader) -> bool:
@@ -278,10 +362,12 @@ def _is_native(get: Reader) -> bool:
     themselves "gte"; "new" is the latter's alone."""
     if get.raw["model_type"] == "new":
         return False
-    parameters = get.mapping("rope_parameters")
-    if parameters:
-        return "ntk" not in (parameters.get("rope_type"), parameters.get("type"))
-    if any(key in get.raw for key in _NEW_CONFIG_KEYS):
+    given = get.mapping("rope_parameters") or get.mapping("rope_scaling")
+    types = {shown(given[key]) for key in ("rope_type", "type") if given.get(key) is not None}
+    # (By their repr: a stranger's value may not be hashable.) NewConfig's code knows no other type than ntk.
+    if get.mapping("rope_parameters") or types & {repr(known) for known in ROPE_TYPES if known != "default"}:
+        return repr("ntk") not in types
+    if any(get.raw.get(key) is not None for key in _NEW_CONFIG_KEYS):
         return False
     raise CheckpointError(
         "model_type is 'gte', which is transformers' GteConfig if there are rope_parameters, and Alibaba's NewConfig "
@@ -289,9 +375,11 @@ def _is_native(get: Reader) -> bool:
     )
 
 
-def _gte_rope(get: Reader, native: bool, longest: int) -> Rope:
+def _gte_rope(get: Reader, native: bool, longest: int, head_dim: int) -> Rope:
     known = ROPE_TYPES if native else ("default", "ntk")
     given = {key: get.mapping(key) for key in ("rope_parameters", "rope_scaling") if get.mapping(key)}
+    if native and "rope_scaling" in given:  # in transformers it takes the place of rope_parameters
+        given = {"rope_scaling": given["rope_scaling"]}
     read = Reader({})
     where = " and ".join(given)
     for key, value in (item for values in given.values() for item in values.items() if item[1] is not None):
@@ -299,69 +387,47 @@ def _gte_rope(get: Reader, native: bool, longest: int) -> Rope:
         other = read.raw.setdefault(key, value)
         if other is not value and other != value:
             raise CheckpointError(f"{where} differ in {key!r}: {shown(other)} and {shown(value)}; one is enough")
-    if "rope_type" not in read.raw and read.raw.keys() - {"rope_theta"}:
-        raise CheckpointError(
-            f"{where} has {shown(sorted(read.raw))} and no type; it must be one of {', '.join(known)}"
-        )
+    _check_typed(read.raw, where, known)
+    read.raw.setdefault("partial_rotary_factor", get.raw.get("partial_rotary_factor"))
+    if native and get.raw.get("original_max_position_embeddings") is not None:  # at the top it wins in transformers
+        read.raw["original_max_position_embeddings"] = get.raw["original_max_position_embeddings"]
+    # As in transformers, where a `truncate` of null is false.
+    truncate = next((values["truncate"] for values in given.values() if "truncate" in values), True)
+    if truncate is not None and not isinstance(truncate, bool):
+        raise CheckpointError(f"truncate is {shown(truncate)}; it must be true or false")
     theta = read.number("rope_theta", get.number("rope_theta", 160_000.0 if native else 10_000.0))
-    return _rope_of(read, theta, known, f"{where} type {{}}", longest)
+    name = f"{where} type {{}}"
+    return read_rope(read, theta, known, name, longest=longest, head_dim=head_dim, truncate=bool(truncate))
 
 
-def _rope_of(read: Reader, theta: float, known: tuple[str, ...], name: str, longest: int) -> Rope:
-    """name: for messages, with {} where the type goes."""
-    rope_type = read.raw.get("rope_type") or read.raw.get("type") or "default"
-    if rope_type not in known:
-        raise CheckpointError(f"{name.format(shown(rope_type))} is not supported; known: {', '.join(known)}")
-    if read.number("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"partial_rotary_factor {read.raw['partial_rotary_factor']!r} is not supported; only 1.0")
-    if rope_type == "default":
-        return Rope(theta)
-    if rope_type == "ntk":
-        if read.raw.get("factor") is None:
-            raise CheckpointError(f"{name.format(repr('ntk'))} has no factor; it must be a positive number")
-        mixed_b = None if read.raw.get("mixed_b") is None else read.number("mixed_b", 1.0)
-        return Rope(theta, "ntk", read.number("factor", 1.0), mixed_b=mixed_b)
-    original = read.whole("original_max_position_embeddings", longest)
-    factor = read.number("factor", longest / original)
-    if rope_type == "linear":
-        return Rope(theta, "linear", factor)
-    return Rope(
-        theta,
-        "yarn",
-        factor,
-        original_max_position_embeddings=original,
-        beta_fast=read.number("beta_fast", 32.0),
-        beta_slow=read.number("beta_slow", 1.0),
-        attention_factor=read.number("attention_factor", _yarn_attention_factor(read, factor)),
-    )
-
-
-def _yarn_attention_factor(read: Reader, factor: float) -> float:
-    """0.1 ln(factor) + 1 (arXiv 2309.00071, eq. 22); mscale and mscale_all_dim as in transformers' rope utilities."""
-
-    def mscale(by: float) -> float:
-        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if read.raw.get("mscale") and read.raw.get("mscale_all_dim"):
-        return mscale(read.number("mscale", 1.0)) / mscale(read.number("mscale_all_dim", 1.0))
-    return mscale(1.0)
-
-
-def _architectures(raw: Mapping[str, Any], default: str) -> list[str]:
-    names = raw.get("architectures") or [default]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+def _architectures(get: Reader, foreign: tuple[str, ...]) -> list[str]:
+    """The class names, of which there may be none: null, an empty list, or nulls in it. foreign: how those of the other
+    family begin."""
+    names = get.raw.get("architectures") or []
+    named: list[Any] = [name for name in names if name] if isinstance(names, list) else [None]
+    if not all(isinstance(name, str) and re.fullmatch(r"\w{1,100}", name, re.ASCII) for name in named):
         raise CheckpointError(f"architectures is {shown(names)}; it must be a list of class names")
-    return names
+    if named and named[0].startswith(foreign):
+        raise CheckpointError(
+            f"architectures names {shown(named[0])}, which is no class of model_type {get.raw['model_type']!r}: one of "
+            "the two is wrong"
+        )
+    return named
 
 
 def _labels(get: Reader) -> tuple[str, ...]:
-    """id2label in the order of its ids; without one, LABEL_0.. as many as num_labels (transformers' default: 2)."""
-    id2label = {str(key): label for key, label in get.mapping("id2label").items()}
-    if not id2label:
-        return tuple(f"LABEL_{i}" for i in range(get.whole("num_labels", 2)))
-    if sorted(id2label) != sorted(str(i) for i in range(len(id2label))):
-        raise CheckpointError(f"id2label has the ids {shown(sorted(id2label))}; they must be 0 to {len(id2label) - 1}")
-    return tuple(str(id2label[str(i)]) for i in range(len(id2label)))
+    """One a row of the classifier, as many as id2label has ids; without it LABEL_0.. as many as num_labels
+    (transformers' default: 2). A row whose id was left out of id2label is LABEL_ and its number. (Where the two
+    disagree id2label wins in transformers 4 and here, num_labels in 5: the weights' shape tells, at load.)"""
+    named = get.raw.get("id2label")
+    if not named:
+        get.mapping("id2label")
+        return tuple(f"LABEL_{i}" for i in range(get.whole("num_labels", 2, least=0)))
+    id2label = {str(key): str(label) for key, label in get.mapping("id2label").items()}
+    if not all(re.fullmatch(r"-?[0-9]{1,9}", key) for key in id2label):
+        raise CheckpointError(f"id2label has the ids {shown(sorted(id2label))}; they must be whole numbers")
+    by_id = {int(key): label for key, label in id2label.items()}
+    return tuple(by_id.get(i, f"LABEL_{i}") for i in range(len(by_id)))
 
 
 def _activation_fn(raw: Mapping[str, Any]) -> str | None:

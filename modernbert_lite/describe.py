@@ -20,6 +20,7 @@ from . import __version__, ops
 from .config import FULL, GteConfig, ModernBertConfig
 from .pipeline import Checkpoint
 from .reading import printable
+from .rope_config import Rope
 from .st_config import Late, length_limit
 from .threads import available, set_threads
 from .weights import open_safetensors, pick_device, pick_dtype, weight_files
@@ -43,7 +44,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
     pooling = sentence.pooling
     return {
         "folder": str(checkpoint.root),
-        "architecture": config.architecture,
+        "architecture": config.architecture + ("" if config.names_architecture else " (config.json names none)"),
         "use": checkpoint.use + (" (encode, encode_sparse)" if checkpoint.sparse else ""),
         "parameters": parameters,
         "stored as": ", ".join(stored),
@@ -91,26 +92,30 @@ def _of_late(late: Late) -> dict[str, Any]:
 
 def _of_modernbert(config: ModernBertConfig) -> dict[str, Any]:
     half = config.local_attention // 2
+    full, sliding = _scaling(config.full_rope), _scaling(config.sliding_rope)
     return {
         "local window": f"{config.local_attention} ({half} on each side)",
         "rope theta": f"{config.full_rope.theta:g} global, {config.sliding_rope.theta:g} local",
-        "rope type": config.full_rope.type,
+        "rope type": full if full == sliding else f"{full} global, {sliding} local",
         "activation": config.hidden_activation,
     }
 
 
 def _of_gte(config: GteConfig) -> dict[str, Any]:
     rope, rotary = config.rope, config.position_embedding_type == "rope"
-    scaling = "" if rope.type == "default" else f", factor {rope.factor:g}"
-    mixed = "" if rope.mixed_b is None else f", mixed_b {rope.mixed_b:g}"
     return {
         "positions": config.position_embedding_type,
         "rope theta": f"{rope.theta:g}" if rotary else "none",
-        "rope type": rope.type + scaling + mixed if rotary else "none",
+        "rope type": _scaling(rope) if rotary else "none",
         "activation": config.hidden_act,
         "token types": config.type_vocab_size,
         "layers' norms": config.layer_norm_type,
     }
+
+
+def _scaling(rope: Rope) -> str:
+    mixed = "" if rope.mixed_b is None else f", mixed_b {rope.mixed_b:g}"
+    return rope.type if rope.type == "default" else f"{rope.type}, factor {rope.factor:g}{mixed}"
 
 
 def machine() -> dict[str, Any]:

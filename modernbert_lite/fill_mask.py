@@ -21,7 +21,7 @@ class FillMask(Pipeline):
 
     def __init__(self, checkpoint: Checkpoint, **options: Any):
         self.check(checkpoint)
-        architecture = checkpoint.config.architecture
+        architecture = checkpoint.architecture("ForMaskedLM")
         if "ForMaskedLM" not in architecture:
             raise CheckpointError(
                 f"{checkpoint.root} holds a {architecture}; FillMask needs a ...ForMaskedLM: use {checkpoint.use}"

@@ -101,10 +101,10 @@ class Attention(nn.Module):
 
     def __init__(self, config: GteConfig):
         super().__init__()
-        C = config.hidden_size
+        C, width = config.hidden_size, config.num_attention_heads * config.head_dim
         self.heads = config.num_attention_heads
-        self.qkv_proj = Linear(C, 3 * C, bias=True)
-        self.o_proj = Linear(C, C, bias=True)
+        self.qkv_proj = Linear(C, 3 * width, bias=True)
+        self.o_proj = Linear(width, C, bias=True)
 
 
 class MLP(nn.Module):

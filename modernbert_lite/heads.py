@@ -11,7 +11,7 @@ from .config import Config, GteConfig, ModernBertConfig
 from .gte import Gte
 from .linear import Linear
 from .model import LayerNorm, ModernBert, check_batch
-from .reading import CheckpointError
+from .reading import CheckpointError, shown
 
 
 class PredictionHead(nn.Module):
@@ -58,7 +58,13 @@ class Classifier(nn.Module):
         self.config = config
         self.model = ModernBert(config)
         self.head = PredictionHead(config)
-        self.classifier = nn.Linear(config.hidden_size, len(config.labels))
+        self.classifier = _classifier(config)
+
+
+def _classifier(config: Config) -> nn.Linear:
+    if not config.labels:
+        raise CheckpointError(f"num_labels is 0; a {config.architecture} must have at least 1")
+    return nn.Linear(config.hidden_size, len(config.labels))
 
 
 class SequenceClassifier(Classifier):
@@ -117,7 +123,7 @@ class GteSequenceClassifier(nn.Module):
         self.config = config
         self.model = Gte(config)
         self.pooler = GtePooler(config)
-        self.classifier = nn.Linear(config.hidden_size, len(config.labels))
+        self.classifier = _classifier(config)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Logits (B, labels), of the first token."""
@@ -139,7 +145,7 @@ class GteTokenClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.model = Gte(config)
-        self.classifier = nn.Linear(config.hidden_size, len(config.labels))
+        self.classifier = _classifier(config)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         return self.classifier(self.model(batch))
@@ -165,7 +171,10 @@ _USES = {"Model": "Embedder", "ForMaskedLM": "FillMask", "ForSequenceClassificat
 def network_class(architecture: str) -> type[nn.Module]:
     """The network that `architectures` of a config.json names. Raises CheckpointError for an unknown one."""
     if architecture not in ARCHITECTURES:
-        raise CheckpointError(f"architecture {architecture!r} is not supported; known: {', '.join(ARCHITECTURES)}")
+        known = ", ".join(ARCHITECTURES)
+        raise CheckpointError(
+            f"architecture {shown(architecture)} is not supported; known: {known}. (Embedder opens its encoder)"
+        )
     return ARCHITECTURES[architecture]
 
 
@@ -175,5 +184,8 @@ def encoder_class(config: Config) -> type[nn.Module]:
 
 
 def use(architecture: str) -> str:
-    """The class that runs it for its user; "load_model" where there is none."""
+    """The class that runs it for its user; "load_model" where there is none. Of an unknown architecture the encoder
+    can be run."""
+    if architecture not in ARCHITECTURES:
+        return "Embedder"
     return next((name for end, name in _USES.items() if architecture.endswith(end)), "load_model")

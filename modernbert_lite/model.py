@@ -128,8 +128,8 @@ def attend(
     rows: Tensor | None = None,
     q_scale: Tensor | None = None,
 ) -> Tensor:
-    """x (T, C) -> (T, C) before the output projection; of the tokens `rows` alone, (B, C), without a window. q_scale
-    (T, 1, 1) multiplies the queries."""
+    """x (T, C) -> (T, heads * D) before the output projection; of the tokens `rows` alone, (B, heads * D), without a
+    window. q_scale (T, 1, 1) multiplies the queries."""
     if rows is None:
         qkv = Wqkv(x).unflatten(1, (3, heads, -1))  # (T, 3, H, D)
         qkv = qkv if turn is None else ops.rope_(qkv, *turn)
@@ -137,9 +137,9 @@ def attend(
             qkv[:, 0] *= q_scale
         return ops.attention(qkv, batch, window_size, Wqkv.weight).flatten(1)
     # One token of each sequence asks, all of them answer.
-    C = len(Wqkv.weight) // 3
-    q = ops.linear_part(x[rows], Wqkv.weight, Wqkv.bias, slice(0, C)).unflatten(1, (1, heads, -1))  # (B, 1, H, D)
-    kv = ops.linear_part(x, Wqkv.weight, Wqkv.bias, slice(C, None)).unflatten(1, (2, heads, -1))  # (T, 2, H, D)
+    width = len(Wqkv.weight) // 3  # H * D, mostly C
+    q = ops.linear_part(x[rows], Wqkv.weight, Wqkv.bias, slice(0, width)).unflatten(1, (1, heads, -1))  # (B, 1, H, D)
+    kv = ops.linear_part(x, Wqkv.weight, Wqkv.bias, slice(width, None)).unflatten(1, (2, heads, -1))  # (T, 2, H, D)
     if turn is not None:
         q, kv = ops.rope_(q, *ops.rotation_at(turn, rows)), ops.rope_(kv, *turn)
     q = q[:, 0] if q_scale is None else q[:, 0] * q_scale[rows].to(q.dtype)

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import PackedBatch, constant
-from .config import Rope
 from .reading import OptionError
+from .rope_config import Rope
 from .rotary import cached, position_table, rope_table
 
 if TYPE_CHECKING:
@@ -40,11 +40,28 @@ _FAST = {
     "rope": ("triton",),
 }
 
+# As `config.ACTIVATIONS`.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # exact, by erf
     "silu": F.silu,
     "relu": F.relu,
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
+    # Written out as their checkpoints were trained with them: they differ from F.gelu by up to 1e-6.
+    "gelu_fast": lambda x: 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x))),
+    "gelu_new": lambda x: 0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3)))),
+    "gelu_python": lambda x: 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2))),
+    "hardswish": F.hardswish,
+    "laplace": lambda x: 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),  # arXiv 2209.10655
+    "leaky_relu": F.leaky_relu,
+    "linear": lambda x: x,
+    "mish": F.mish,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu2": lambda x: F.relu(x).square(),
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
+    "tanh": torch.tanh,
 }
 
 
@@ -230,6 +247,8 @@ Rotation = tuple[Tensor, Tensor, "Tensor | None"]
 def rotation(rope: Rope, head_dim: int, batch: PackedBatch) -> Rotation:
     """What `rope_` needs for the batch: cos and sin of each token, or of each position and every token's position."""
     ids = batch.position_ids
+    if rope.by_length:
+        return *rope_table(rope, head_dim, ids, batch.cu_seqlens.diff()[_owners(batch)]), None
     if _choose("rope", ids.device, torch.float32) != "triton" or torch.compiler.is_compiling():
         return *rope_table(rope, head_dim, ids), None
     cos, sin = position_table(rope, head_dim, ids.device, max(512, 1 << (batch.max_seqlen - 1).bit_length()))
@@ -366,12 +385,15 @@ def logn_scale(batch: PackedBatch, base: int, clip: bool) -> Tensor:
     """ln(length of a token's sequence) / ln(base), (T, 1, 1) fp32, with clip at least 1 (NewModel's
     logn_attention_scale and logn_attention_clip1): attention as sharp over many keys as over few."""
     cu_seqlens = batch.cu_seqlens
-    tokens = torch.arange(len(batch.input_ids), dtype=torch.int32, device=cu_seqlens.device)
-    # A batch of CUDA graphs has tokens that belong to no sequence: they take the last one's.
-    owner = torch.bucketize(tokens, cu_seqlens[1:-1], right=True)
     lengths = cu_seqlens.diff() if batch.key_seqlens is None else cu_seqlens.new_tensor(batch.key_seqlens)
-    scale = lengths.float().log()[owner] / math.log(base)
+    scale = lengths.float().log()[_owners(batch)] / math.log(base)
     return (scale.clamp(min=1.0) if clip else scale)[:, None, None]
+
+
+def _owners(batch: PackedBatch) -> Tensor:
+    """(T,): the sequence of each token. A batch of CUDA graphs has tokens of no sequence, which get the last one."""
+    tokens = torch.arange(len(batch.input_ids), dtype=torch.int32, device=batch.cu_seqlens.device)
+    return torch.bucketize(tokens, batch.cu_seqlens[1:-1], right=True)
 
 
 def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor:

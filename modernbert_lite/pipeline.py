@@ -73,6 +73,16 @@ class Checkpoint:
             return "Reranker"
         return "Embedder" if self.sentence.pooling else use(self.config.architecture)
 
+    def architecture(self, end: str) -> str:
+        """The network's class. Where config.json names none, the one with this end, which what opens it needs, if the
+        file has the tensors of such a head, else the encoder."""
+        name = self.config.architecture
+        if self.config.names_architecture:
+            return name
+        classifier = stores(self.folder, "classifier.weight")
+        masked = not classifier and any(stores(self.folder, f"{head}.dense.weight") for head in ("head", "lm_head"))
+        return name.removesuffix("Model") + end if (masked if end == "ForMaskedLM" else classifier) else name
+
     @property
     def sparse(self) -> bool:
         """Whether the encoder's tokens have sparse weights: by the config, and by the file, which may lack them."""

@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import os
 import stat
-import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 MAX_JSON_BYTES = 1 << 20
 MAX_TOKENIZER_JSON_BYTES = 1 << 24  # tokenizer_config.json repeats every added token: over 1 MB for Gemma's
@@ -35,7 +34,10 @@ _LIMITS = {
     "vocab_size": 1 << 24,
     "num_labels": 1 << 16,
     "type_vocab_size": 1 << 16,
+    "head_dim": 1 << 16,
 }
+# Products of a few such numbers and a position are finite in fp32.
+_SMALLEST, _LARGEST = 1e-15, 1e15
 
 
 class OptionError(ValueError):
@@ -180,6 +182,10 @@ def printable(text: str, limit: int) -> str:
     return shorter if len(shorter) <= limit else printable(shorter, limit)
 
 
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 class Reader:
     """Typed access to a raw config; a key that is absent or null takes the default."""
 
@@ -197,15 +203,32 @@ class Reader:
         return value
 
     def token_id(self, key: str) -> int | None:
+        """Below 0, as some files have it, means that there is none."""
         value = self.raw.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise self._fail(key, value, "a whole number from 0, or null")
-        return value
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise self._fail(key, value, "a whole number, or null")
+        return None if value is None or value < 0 else value
 
     def number(self, key: str, default: float) -> float:
         value = default if self.raw.get(key) is None else self.raw[key]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-            raise self._fail(key, value, "a positive number")
+        if not _is_number(value) or not _SMALLEST <= value <= _LARGEST:
+            raise self._fail(key, value, f"a positive number ({_SMALLEST:g} to {_LARGEST:g})")
+        return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of `count` positive numbers, which has no default."""
+        values = self.raw.get(key)
+        if not isinstance(values, list) or len(values) != count:
+            raise self._fail(key, values, f"a list of {count} positive numbers")
+        if not all(_is_number(value) and _SMALLEST <= value <= _LARGEST for value in values):
+            raise self._fail(key, values, f"a list of positive numbers ({_SMALLEST:g} to {_LARGEST:g})")
+        return tuple(float(value) for value in values)
+
+    def real(self, key: str, default: float) -> float:
+        """A finite number of either sign, or 0."""
+        value = default if self.raw.get(key) is None else self.raw[key]
+        if not _is_number(value) or not -_LARGEST <= value <= _LARGEST:
+            raise self._fail(key, value, f"a number ({-_LARGEST:g} to {_LARGEST:g})")
         return float(value)
 
     def flag(self, key: str, default: bool, strings: bool = False) -> bool:

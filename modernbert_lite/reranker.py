@@ -25,7 +25,7 @@ class Reranker(Pipeline):
 
     def __init__(self, checkpoint: Checkpoint, **options: Any):
         self.check(checkpoint)
-        architecture, sentence = checkpoint.config.architecture, checkpoint.sentence
+        architecture, sentence = checkpoint.architecture("ForSequenceClassification"), checkpoint.sentence
         if not sentence.scores and use(architecture) != "Reranker":
             raise checkpoint.refuse("reranker")
         network = encoder_class(checkpoint.config) if sentence.scores else network_class(architecture)

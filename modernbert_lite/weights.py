@@ -71,7 +71,7 @@ def load_model(
     local_files_only: bool = False,
     packed: bool = True,
 ) -> nn.Module:
-    """The bare network named by `architectures`, in eval mode, its weights frozen.
+    """The bare network named by `architectures` (the encoder, if none is named), in eval mode, its weights frozen.
 
     path_or_id: a folder with config.json and safetensors, a hub id such as "answerdotai/ModernBERT-base" (opened from
     the cache without asking the network if it is there), or "tiny", the bundled model.

@@ -128,3 +128,15 @@ def write_sentence_files(
     sentence = {"prompts": prompts or {}, "default_prompt_name": None, "similarity_fn_name": "cosine", **texts}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(sentence))
     return folder
+
+
+@pytest.fixture(scope="session")
+def cases() -> Any:
+    """config_cases.py: tests import nothing from each other."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("config_cases", Path(__file__).parent / "config_cases.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module

@@ -872,7 +872,8 @@ def plain(make_checkpoint):
 def test_a_randomly_changed_config_loads_or_is_refused(plain):
     rng = random.Random(20260)
     whole = json.loads((plain / "config.json").read_text())
-    whole |= {"global_rope_theta": 160000.0, "local_rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    whole |= {"global_rope_theta": 160000.0, "local_rope_theta": 1e4}
+    whole |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     outcomes = {True: 0, False: 0}
     for round_ in range(200):
         changed = mutate(rng, whole)

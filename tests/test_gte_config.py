@@ -335,7 +335,7 @@ REFUSED = {
     "a factor without a type": ({"rope_scaling": {"factor": 8.0}}, ["rope_scaling has ['factor']", "no type", "ntk"]),
     "parameters by layer": (
         {"model_type": "gte", "rope_scaling": None, "rope_parameters": {"full_attention": LINEAR}},
-        ["rope_parameters has ['full_attention']", "no type", "linear, yarn"],
+        ["rope_parameters has ['full_attention']", "no type", "linear, dynamic, yarn"],
     ),
     "linear in a NewConfig": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "known: default, ntk"]),
     "scaling's type is a number": ({"rope_scaling": {"type": 8}}, ["rope_scaling type 8", "known: ", "ntk"]),
@@ -368,7 +368,7 @@ REFUSED = {
         {"position_embedding_type": "relative_key"},
         ["position_embedding_type is 'relative_key'", "rope, absolute"],
     ),
-    "activation": ({"hidden_act": "quick_gelu"}, ["hidden_act is 'quick_gelu'", "gelu, silu"]),
+    "activation": ({"hidden_act": "prelu"}, ["hidden_act is 'prelu'", "gelu, silu"]),
     "heads don't divide": (
         {"num_attention_heads": 7},
         ["hidden_size 768", "num_attention_heads 7", "a whole, even head size"],
@@ -388,8 +388,8 @@ REFUSED = {
     "logn a word": ({"logn_attention_scale": "yes"}, ["logn_attention_scale is 'yes'", "true or false"]),
     "logn a number": ({"logn_attention_clip1": 1}, ["logn_attention_clip1 is 1;", "true or false"]),
     "tied a word": ({"tie_word_embeddings": "no"}, ["tie_word_embeddings is 'no'", "true or false"]),
-    "padding below 0": ({"pad_token_id": -1}, ["pad_token_id is -1", "a whole number from 0, or null"]),
-    "no labels": ({"num_labels": 0}, ["num_labels is 0", "a whole number from 1"]),
+    "padding a string": ({"pad_token_id": "-1"}, ["pad_token_id is '-1'", "a whole number, or null"]),
+    "fewer labels than none": ({"num_labels": -1}, ["num_labels is -1", "a whole number from 0"]),
     "architectures a string": ({"architectures": "NewModel"}, ["architectures is 'NewModel'", "a list of class names"]),
 }
 
@@ -406,7 +406,7 @@ def test_a_bad_value_is_refused_with_its_key_its_value_and_what_is_accepted(tmp_
         assert part in message
 
 
-@pytest.mark.parametrize("extra", [{}, {"rope_parameters": None}, {"rope_parameters": {}}])
+@pytest.mark.parametrize("extra", [{}, {"rope_parameters": None}, {"rope_parameters": {}}, {"rope_scaling": None}])
 def test_a_config_whose_dialect_can_t_be_told_is_refused(extra):
     raw = {"model_type": "gte", "vocab_size": 997, "hidden_size": 768, "num_attention_heads": 12, **extra}
     with pytest.raises(CheckpointError) as caught:
@@ -418,7 +418,7 @@ def test_a_config_whose_dialect_can_t_be_told_is_refused(extra):
 def test_each_of_new_config_s_own_keys_tells_its_dialect():
     for key, value in (
         ("rope_theta", 10000.0),
-        ("rope_scaling", None),
+        ("rope_scaling", {"type": "ntk", "factor": 8.0}),
         ("pack_qkv", True),
         ("layer_norm_type", "layer_norm"),
         ("unpad_inputs", "true"),

@@ -107,6 +107,7 @@ def test_star_import():
 # Each may import what stands before it. What is made for a device stands aside: it has its own importers.
 LAYERS = [
     {"reading", "batch"},
+    {"rope_config"},
     {"config", "foreign"},
     {"rotary"},
     {"ops", "threads"},

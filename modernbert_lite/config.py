@@ -209,13 +209,14 @@ _CONFIGS: dict[str, type[ModernBertConfig] | type[GteConfig]] = {
 }
 
 
-def read_config(folder: str | Path) -> Config:
-    """`folder`/config.json. Raises CheckpointError for a missing, malformed or unsupported one."""
+def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """`folder`/config.json, with the keys of `overrides` instead of its own. Raises CheckpointError for a missing,
+    malformed or unsupported one."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"no config.json in {folder}: not a checkpoint folder")
     try:
-        raw = read_json(path)
+        raw = {**read_json(path), **(overrides or {})}
         return _CONFIGS.get(str(raw.get("model_type")), ModernBertConfig).from_dict(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None

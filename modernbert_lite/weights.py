@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,6 +46,7 @@ _NEEDED_PATTERNS = [
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TABLES = ("tok_embeddings.weight", "word_embeddings.weight")
 _MAX_HEADER_BYTES = 16 << 20
+_LIBRARIES = ("sentence_transformers.", "pylate.")
 
 
 def load_model(
@@ -183,8 +184,8 @@ def _is_complete(folder: Path, repo: str) -> bool:
         for name in _names(folder)
     ):
         return False
-    with_files = (".Pooling", ".Dense", ".LayerNorm", ".MultiVectorMask")
-    parts = [m.get("path") for m in read_modules(folder) if str(m.get("type")).endswith(with_files)]
+    with_files = ("Pooling", "Dense", "LayerNorm", "MultiVectorMask")
+    parts = [m.get("path") for m in read_modules(folder) if module_kind(m) in with_files]
     return all((inside(folder, path, "modules.json") / "config.json").is_file() for path in parts)
 
 
@@ -195,7 +196,7 @@ def _names(folder: Path) -> list[str]:
 
 def network_folder(folder: Path) -> Path:
     """Where config.json lies: the folder itself, or 0_Transformer/ in the oldest sentence-transformers layout."""
-    paths = [m.get("path", "") for m in read_modules(folder) if str(m.get("type")).endswith(".Transformer")]
+    paths = [m.get("path", "") for m in read_modules(folder) if module_kind(m) == "Transformer"]
     return inside(folder, paths[0], "modules.json") if paths else folder
 
 
@@ -215,6 +216,13 @@ def read_modules(folder: Path) -> list[dict[str, Any]]:
     if not all(isinstance(module, dict) for module in modules):
         raise CheckpointError(f"{path} must hold a list of objects")
     return modules
+
+
+def module_kind(module: Mapping[str, Any]) -> str:
+    """The class of a module: "Pooling" of "sentence_transformers.models.Pooling". "" for a class of anybody else than
+    sentence-transformers and PyLate: whatever its name, it is a repository's own code, which is never run."""
+    name = module.get("type")
+    return name.rpartition(".")[2] if isinstance(name, str) and name.startswith(_LIBRARIES) else ""
 
 
 def weight_files(folder: Path) -> list[Path]:

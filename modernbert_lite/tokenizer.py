@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
-from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.normalizers import Lowercase, Sequence
 
-from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown
+from .reading import CheckpointError, OptionError, shown
+from .tokenizer_files import no_panic, read_tokenizer
 
 Text = str | tuple[str, str]
 
@@ -30,6 +29,9 @@ _CLIP_CHARACTERS = 64
 # Tokens that the beginning must have beyond max_length. What follows a word's end may change its last few tokens, where
 # a token reaches over white space: Qwen's "!\n", ColBERT's "[Q] ".
 _CLIP_SPARE = 32
+# What clean_up_tokenization_spaces does to a decoded text, in this order.
+_CLEANED = (*((" " + end, end) for end in (".", "?", "!", ",")), (" ' ", "'"))
+_CLEANED += tuple((" " + end, end) for end in ("n't", "'m", "'s", "'ve", "'re"))
 _LONGEST = 1 << 31  # of max_length: lengths in a batch are int32
 
 
@@ -49,38 +51,22 @@ class Tokenizer:
         keys that win over those of tokenizer_config.json (`tokenizer_args` of sentence_bert_config.json).
 
         Raises CheckpointError for a missing or malformed tokenizer.json, OptionError for a max_length too small."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(
-                f'no tokenizer.json in {folder}; transformers makes one of older files: python -c "from transformers '
-                "import AutoTokenizer as T; T.from_pretrained('FOLDER').save_pretrained('FOLDER')\""
-            )
-        beside = folder / "tokenizer_config.json"
-        stored = read_json(beside, MAX_TOKENIZER_JSON_BYTES) if beside.is_file() else {}
-        settings = {**stored, **(settings or {})}
-        side = settings.get("truncation_side") or "right"
-        if side not in ("right", "left"):
-            raise CheckpointError(f"{beside}: truncation_side is {shown(side)}; it must be 'right' or 'left'")
-        self._keeps_beginning = side == "right"
-        with _no_panic(f"{path} can't be read"):
-            self._rust = RustTokenizer.from_file(str(path))
-            if lower_case:  # by the normalizer, not on the text: special tokens spelled out in it stay what they are
-                own = self._rust.normalizer
-                self._rust.normalizer = Sequence([Lowercase(), own] if own else [Lowercase()])
-            # Truncation is done here, not by the library, which keeps all that it cuts off: for a pair every cut piece
-            # of one side with every one of the other, gigabytes for two texts of 100 kB.
-            self._rust.no_padding()
-            self._rust.no_truncation()
+        files = read_tokenizer(folder, settings)
+        self._rust = files.rust
+        self.names, self.padding_side = files.names, files.padding_side
+        self._keeps_beginning, self._cleans_up = files.truncation_side == "right", files.cleans_up
+        with no_panic(f"{folder / 'tokenizer.json'} can't be used"):
+            own = self._rust.normalizer
+            steps: list[Any] = list(iter(own)) if isinstance(own, Sequence) else [own] if own else []
+            if lower_case and not any(isinstance(step, Lowercase) for step in steps):
+                # By the normalizer, not on the text: special tokens spelled out in the text stay what they are.
+                self._rust.normalizer = Sequence([Lowercase(), *steps])
             self._single, self._pair = self._template(is_pair=False), self._template(is_pair=True)
-        asked = settings.get("model_input_names")  # transformers gives a network no types if this leaves them out
-        self.has_types = any(kind for _, kind in self._pair) and (
-            not isinstance(asked, list) or "token_type_ids" in asked
-        )
+        # transformers gives a network no types where these aren't among model_input_names.
+        self.has_types = files.gives_types and any(kind for _, kind in self._single + self._pair)
         self.max_length = max_length
-        beside = folder / "special_tokens_map.json"
-        sources = (settings, read_json(beside) if beside.is_file() else {})
-        self.mask_token, self.mask_token_id = self._find("mask_token", ("[MASK]", "<mask>"), sources)
-        unweighted = {self._find(key, names, sources)[1] for key, names in _UNWEIGHTED.items()}
+        self.mask_token, self.mask_token_id = self._find("mask_token", ("[MASK]", "<mask>"))
+        unweighted = {self._find(key, names)[1] for key, names in _UNWEIGHTED.items()}
         unweighted.update(item for item, _ in self._single + self._pair)
         self.unweighted = frozenset(i for i in unweighted if i is not None and i >= 0)
 
@@ -128,7 +114,7 @@ class Tokenizer:
         try:
             # Pairs are not clipped: how the two share the room depends on which is longer.
             sides = [s for text in texts for s in ([self._clip(text, most)] if isinstance(text, str) else text)]
-            with _no_panic("these texts can't be tokenized"):
+            with no_panic("these texts can't be tokenized"):
                 encodings = iter(self._rust.encode_batch_fast(sides, add_special_tokens=False))
         except CheckpointError:
             for i, text in enumerate(texts, first):
@@ -154,7 +140,7 @@ class Tokenizer:
     def prompt_length(self, prompt: str) -> int:
         """Tokens that a prompt takes at the start of a text, the template's first ones included."""
         check_unicode(prompt, "the prompt")
-        with _no_panic("the prompt can't be tokenized"):
+        with no_panic("the prompt can't be tokenized"):
             before = [item for item, _ in self._single].index(~0)
             return before + len(self._rust.encode(prompt, add_special_tokens=False).ids)
 
@@ -171,7 +157,7 @@ class Tokenizer:
         does to other text; nothing where the vocabulary has neither. To be called before any text is encoded."""
         for token in (prefix, *prefix.split(None, 1)[:1]):
             if self.id_of(token) is not None:
-                with _no_panic(f"token {token!r:.60} can't be added"):
+                with no_panic(f"token {token!r:.60} can't be added"):
                     if self._rust.encode(token, add_special_tokens=False).tokens != [token]:
                         self._rust.add_special_tokens([AddedToken(token, normalized=False)])
                 return
@@ -179,8 +165,11 @@ class Tokenizer:
     def decode(self, token_id: int) -> str:
         """One token as text, as transformers' decode([token_id]): a leading space stays in byte-level vocabularies, and
         is dropped in SentencePiece's Unigram ones."""
-        with _no_panic(f"token {token_id} can't be decoded"):
-            return str(self._rust.decode([token_id], skip_special_tokens=False))
+        with no_panic(f"token {token_id} can't be decoded"):
+            text = str(self._rust.decode([token_id], skip_special_tokens=False))
+        for spaced, close in _CLEANED if self._cleans_up else ():
+            text = text.replace(spaced, close)
+        return text
 
     def _template(self, is_pair: bool) -> list[tuple[int, int]]:
         """Special tokens and places of texts, read off the file's own template: ~0 is the first text, ~1 the second.
@@ -222,7 +211,7 @@ class Tokenizer:
         size = most * _CLIP_CHARACTERS
         while self._keeps_beginning and len(text) > 2 * size:
             beginning = text[: max(text.rfind(" ", 0, size), text.rfind("\n", 0, size), 0)].rstrip()
-            with _no_panic("this text can't be tokenized"):
+            with no_panic("this text can't be tokenized"):
                 if (
                     len(beginning) > size // 2
                     and len(self._rust.encode(beginning, add_special_tokens=False)) >= most + _CLIP_SPARE
@@ -231,13 +220,10 @@ class Tokenizer:
             size *= 4
         return text
 
-    def _find(
-        self, key: str, names: tuple[str, ...], sources: SequenceOf[dict[str, object]]
-    ) -> tuple[str | None, int | None]:
-        """The token that the files beside tokenizer.json have under this key, else the first of `names` there is."""
-        found = [source.get(key) for source in sources]
-        for token in (*(f.get("content") if isinstance(f, dict) else f for f in found), *names):
-            if isinstance(token, str) and self.id_of(token) is not None:
+    def _find(self, key: str, usual: tuple[str, ...]) -> tuple[str | None, int | None]:
+        """The token that the files beside tokenizer.json have under this key, else the first of `usual` there is."""
+        for token in (self.names.get(key), *usual):
+            if token is not None and self.id_of(token) is not None:
                 return token, self.id_of(token)
         return None, None
 
@@ -255,17 +241,3 @@ def check_unicode(text: str, name: str) -> None:
             f"{name} is not valid Unicode: {text[error.start]!r} at character {error.start} is half of a "
             "surrogate pair; repair it, for example with text.encode('utf-8', 'replace').decode()"
         ) from None
-
-
-@contextmanager
-def _no_panic(what: str) -> Iterator[None]:
-    """The tokenizers library's errors as CheckpointError. Among them are Rust panics, which come as a BaseException of
-    their own and would pass every `except Exception`."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(f"{what}: {str(error).strip() or type(error).__name__}") from None

@@ -115,6 +115,7 @@ LAYERS = [
     {"gte", "graphs"},
     {"heads", "names"},
     {"weights"},
+    {"tokenizer_files"},
     {"tokenizer", "st_config"},
     {"pipeline", "writers"},
     {"embedder", "reranker", "fill_mask", "late_interaction"},

@@ -114,7 +114,7 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
         mask["skiplist_words"] = list(string.punctuation) if words is None else words
     found["settings"] = settings = read_settings(network_folder(folder), late)
     # Of everything that a module makes: the modules that it takes from the network's output on, in order.
-    made: dict[str, tuple[tuple[str, str], ...]] = {}
+    made: dict[str | None, tuple[tuple[str, str], ...]] = {}
     modules = read_modules(folder)
     names = [module.get("name") for module in modules]
     if len({str(name) for name in names}) < len(names):  # the last one of a name takes the place of the first there
@@ -125,17 +125,16 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
         if kind == "Transformer" and module is modules[0]:
             made[settings.output] = ()
         elif kind == "Pooling" and not late:
-            if any(step[0] == "Pooling" for step in _taken(made, "token_embeddings", kind)):
+            if any(step[0] == "Pooling" for step in _taken(made, "token_embeddings", kind, place)):
                 raise CheckpointError("modules.json: Pooling of what was pooled before is not supported")
-            found["pooling"] = _pooling(where)
             made["sentence_embedding"] = (*made["token_embeddings"], (kind, place))
         elif kind == "Dense":
             source, target = _names(where, "token_embeddings" if late else "sentence_embedding")
-            made[target] = (*_taken(made, source, kind), (kind, place))
+            made[target] = (*_taken(made, source, kind, place), (kind, place))
         elif kind == "LayerNorm" and not late:
-            made["sentence_embedding"] = (*_taken(made, "sentence_embedding", kind), (kind, place))
+            made["sentence_embedding"] = (*_taken(made, "sentence_embedding", kind, place), (kind, place))
         elif kind == "Dropout" and not late:
-            _taken(made, "sentence_embedding", kind)  # nothing is dropped but in training
+            _taken(made, "sentence_embedding", kind, place)  # nothing is dropped but in training
         elif kind == "Normalize":
             source, target = _names(where, "sentence_embedding")
             if source in made:  # else it does nothing there, either
@@ -155,6 +154,7 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
         if "Pooling" not in kinds:
             raise CheckpointError(f"modules.json: {wanted!r} is made without Pooling, which is not supported")
         pooled = kinds.index("Pooling")
+        found["pooling"] = _pooling(folder / steps[pooled][1])
         found["on_tokens"], steps = steps[:pooled], steps[pooled + 1 :]
     while steps and steps[-1][0] == "Normalize":
         found["normalize"], steps = True, steps[:-1]
@@ -175,19 +175,21 @@ def _unknown(module: Mapping[str, Any], late: bool) -> CheckpointError:
     return CheckpointError(f"modules.json: module {name}{own} is not supported; known: {known}")
 
 
-def _taken(made: Mapping[str, tuple[tuple[str, str], ...]], name: str, kind: str) -> tuple[tuple[str, str], ...]:
+def _taken(
+    made: Mapping[str | None, tuple[tuple[str, str], ...]], name: str | None, kind: str, place: str
+) -> tuple[tuple[str, str], ...]:
     if name not in made:
-        raise CheckpointError(f"modules.json: {kind} works on {shown(name)}, which no module before it makes")
+        raise CheckpointError(f"modules.json: {kind} ({place}) works on {shown(name)}, which no module before it makes")
     return made[name]
 
 
-def _names(folder: Path, default: str) -> tuple[str, str]:
+def _names(folder: Path, default: str) -> tuple[str | None, str | None]:
     """What a Dense or Normalize module works on, and what it makes."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
-    source = config.get("module_input_name") or default
-    target = config.get("module_output_name") or source
-    if not isinstance(source, str) or not isinstance(target, str):
+    source, target = config.get("module_input_name", default), config.get("module_output_name")
+    target = source if target is None else target
+    if not all(isinstance(name, (str, type(None))) for name in (source, target)):
         raise CheckpointError(
             f"{path}: the module's input and output are {shown((source, target))}; they must be names"
         )

@@ -47,7 +47,7 @@ _IDLE = {
 }
 # .. of the tokenizer's files, where nothing is decoded or padded ..
 _TOKENIZER_IDLE = {
-    *("use_fast", "padding", "padding_side", "pad_to_multiple_of", "clean_up_tokenization_spaces", "verbose"),
+    *("use_fast", "padding", "pad_to_multiple_of", "clean_up_tokenization_spaces", "verbose"),
     *("chat_template", "name_or_path", "legacy", "max_length", "truncation"),
 }
 # .. and of a call of it.
@@ -59,8 +59,9 @@ _CONFIG = {
     *("classifier_pooling", "classifier_activation"),
 }
 _TOKENIZER = {
-    *("truncation_side", "model_input_names", "do_lower_case", "strip_accents", "tokenize_chinese_chars"),
-    *("split_special_tokens", "additional_special_tokens", "extra_special_tokens"),
+    *("truncation_side", "padding_side", "model_input_names", "do_lower_case", "strip_accents"),
+    *("tokenize_chinese_chars", "split_special_tokens", "add_prefix_space", "add_bos_token", "add_eos_token"),
+    *("additional_special_tokens", "extra_special_tokens"),
     *(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
 }
 
@@ -103,8 +104,8 @@ def _read(raw: dict[str, Any], late: bool) -> Settings:
     get = Reader(raw)
     _all_idle("model_kwargs", get.mapping("model_kwargs"), _LOADING | _IDLE | {"add_pooling_layer"})
     config = _honoured("config_kwargs", get.mapping("config_kwargs"), _CONFIG, _LOADING | _IDLE)
-    idle = _LOADING | _TOKENIZER_IDLE - ({"padding_side"} if late else set())  # queries are padded there
-    tokenizer = _honoured("processor_kwargs", get.mapping("processor_kwargs"), {*_TOKENIZER, "model_max_length"}, idle)
+    given = get.mapping("processor_kwargs")
+    tokenizer = _honoured("processor_kwargs", given, _TOKENIZER | {"model_max_length"}, _LOADING | _TOKENIZER_IDLE)
     length = _whole("max_seq_length", raw.get("max_seq_length"))
     if "model_max_length" in tokenizer:
         length = _whole("model_max_length", tokenizer.pop("model_max_length"), huge=True)

@@ -219,7 +219,8 @@ def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
         raw = {**read_json(path), **(overrides or {})}
         return _CONFIGS.get(str(raw.get("model_type")), ModernBertConfig).from_dict(raw)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        also = f", with {', '.join(overrides)} of sentence_bert_config.json" if overrides else ""
+        raise CheckpointError(f"{path}{also}: {error}") from None
 
 
 def _check_type(raw: Mapping[str, Any], wanted: type[Config]) -> None:

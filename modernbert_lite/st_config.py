@@ -114,7 +114,7 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
         mask["skiplist_words"] = list(string.punctuation) if words is None else words
     found["settings"] = settings = read_settings(network_folder(folder), late)
     # Of everything that a module makes: the modules that it takes from the network's output on, in order.
-    made: dict[str | None, tuple[tuple[str, str], ...]] = {}
+    made: dict[str, tuple[tuple[str, str], ...]] = {}
     modules = read_modules(folder)
     names = [module.get("name") for module in modules]
     if len({str(name) for name in names}) < len(names):  # the last one of a name takes the place of the first there
@@ -176,20 +176,20 @@ def _unknown(module: Mapping[str, Any], late: bool) -> CheckpointError:
 
 
 def _taken(
-    made: Mapping[str | None, tuple[tuple[str, str], ...]], name: str | None, kind: str, place: str
+    made: Mapping[str, tuple[tuple[str, str], ...]], name: str, kind: str, place: str
 ) -> tuple[tuple[str, str], ...]:
     if name not in made:
         raise CheckpointError(f"modules.json: {kind} ({place}) works on {shown(name)}, which no module before it makes")
     return made[name]
 
 
-def _names(folder: Path, default: str) -> tuple[str | None, str | None]:
+def _names(folder: Path, default: str) -> tuple[str, str]:
     """What a Dense or Normalize module works on, and what it makes."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
     source, target = config.get("module_input_name", default), config.get("module_output_name")
     target = source if target is None else target
-    if not all(isinstance(name, (str, type(None))) for name in (source, target)):
+    if not isinstance(source, str) or not isinstance(target, str):
         raise CheckpointError(
             f"{path}: the module's input and output are {shown((source, target))}; they must be names"
         )

@@ -213,8 +213,8 @@ def read_modules(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     modules: list[dict[str, Any]] = read_json(path)
-    if not all(isinstance(module, dict) for module in modules):
-        raise CheckpointError(f"{path} must hold a list of objects")
+    if not modules or not all(isinstance(module, dict) for module in modules):
+        raise CheckpointError(f"{path} must hold a list of objects, one at least")
     return modules
 
 

@@ -369,6 +369,8 @@ def _labels(get: Reader) -> tuple[str, ...]:
 def _activation_fn(raw: Mapping[str, Any]) -> str | None:
     """sentence-transformers 4 and 5 keep a cross-encoder's activation in config.json, before that under another key."""
     nested = raw.get("sentence_transformers")
-    name = nested.get("activation_fn") if isinstance(nested, Mapping) else None
-    name = name or raw.get("sbert_ce_default_activation_function")
+    if isinstance(nested, Mapping) and "activation_fn" in nested:  # null, too, is what it says
+        name = nested["activation_fn"]
+    else:
+        name = raw.get("sbert_ce_default_activation_function")
     return name if isinstance(name, str) else None

@@ -15,7 +15,7 @@ from .heads import encoder_class, network_class, use
 from .pipeline import Checkpoint, Pipeline, check_text, length
 from .prompts import Prompted
 from .reading import OptionError
-from .st_config import Pooling, finish, on_vectors, score_activation
+from .st_config import Pooling, SentenceConfig, finish, on_vectors, score_activation
 
 Pair = tuple[str, str]
 
@@ -31,8 +31,10 @@ class Reranker(Prompted, Pipeline):
             raise checkpoint.refuse("reranker")
         network = encoder_class(checkpoint.config) if sentence.scores else network_class(architecture)
         super().__init__(checkpoint, network, **options)
-        self.prompts = sentence.prompts or {}
-        self.default_prompt_name = sentence.default_prompt_name
+        # What an encoder's files say of prompts and activation isn't about scores: CrossEncoder passes over it, too.
+        told = sentence if sentence.model_type == "CrossEncoder" else SentenceConfig()
+        self.prompts = told.prompts or {}
+        self.default_prompt_name = told.default_prompt_name
         self.network: Callable[[PackedBatch], Tensor] = self.graphed(self.model)
         self.pooling: Pooling | None = None  # of an encoder whose head lies in sentence-transformers' modules
         self.labels = self.config.labels
@@ -43,7 +45,7 @@ class Reranker(Prompted, Pipeline):
             self.head = on_vectors(checkpoint.root, sentence.dense, width * len(self.pooling.modes), self.device)
             self.normalizes = sentence.normalize
             self.labels = tuple(f"LABEL_{i}" for i in range(self.head[-1].out_features))
-        named = checkpoint.sentence.activation_fn or self.config.activation_fn
+        named = told.activation_fn or self.config.activation_fn
         self.activation_fn = score_activation(named or ("torch.nn.Sigmoid" if len(self.labels) == 1 else None))
 
     def predict(

@@ -27,7 +27,7 @@ _SIMILARITY_ALIASES = {
     **{"euclidean_sim": "euclidean", "manhattan_sim": "manhattan", "mean_maxsim": "meanmaxsim"},
 }
 USUAL_PROMPTS = ("query", "document")  # every encoder has these, empty where no file has them
-_MODEL_TYPES = ("SentenceTransformer", "CrossEncoder", "MultiVectorEncoder", "ColBERT")
+_MODEL_TYPES = ("SentenceTransformer", "CrossEncoder", "MultiVectorEncoder", "ColBERT", "SparseEncoder")
 _OLD_POOLING_KEYS = {
     "cls": "pooling_mode_cls_token",
     "max": "pooling_mode_max_tokens",
@@ -83,6 +83,7 @@ class Late:
 class SentenceConfig:
     """What a repository says about making sentence vectors. Without files: mean pooling, as sentence-transformers."""
 
+    model_type: str | None = None  # the class of sentence-transformers that wrote the files, where they say so
     pooling: Pooling | None = None  # None: no file says so
     on_tokens: tuple[tuple[str, str], ...] = ()  # modules before the pooling, on every token: kind and path
     dense: tuple[tuple[str, str], ...] = ()  # modules after it, or, in late interaction, on every token
@@ -143,7 +144,7 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
             mask = read_json(where / "config.json")
         else:
             raise _unknown(module, late)
-    found |= _texts(path, texts, late, model_type)
+    found |= {"model_type": model_type, **_texts(path, texts, late, model_type)}
     found["scores"] = not late and bool(made.get("scores")) and model_type != "SentenceTransformer"
     wanted = "token_embeddings" if late else "scores" if found["scores"] else "sentence_embedding"
     if len(modules) > 1 and wanted not in made:
@@ -213,6 +214,8 @@ def _pooling(folder: Path) -> Pooling:
 
 
 def _texts(path: Path, config: dict[str, Any], late: bool, model_type: str | None) -> dict[str, Any]:
+    """What counts of config_sentence_transformers.json. `__version__` and `requirements` change no vector; nor does
+    `keep_in_fp32_modules`, since modules after the network compute in fp32 in any case."""
     prompts = config.get("prompts") or {}
     if isinstance(prompts, dict):
         prompts = {name: "" if text is None else text for name, text in prompts.items()}

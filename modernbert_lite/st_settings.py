@@ -31,6 +31,7 @@ _OLDER = {"model_args": "model_kwargs", "tokenizer_args": "processor_kwargs", "c
 _TASKS = {
     "feature-extraction": ("last_hidden_state", "token_embeddings"),
     "sequence-classification": ("logits", "scores"),
+    "fill-mask": ("logits", "token logits"),  # "token_embeddings" there, which dense encoders' modules can't use
 }
 # Keys that change no vector, each in its place. Of loading (where from, how, in which dtype: that is an option here) ..
 _LOADING = {
@@ -79,14 +80,20 @@ class Settings:
 def read_settings(folder: Path, late: bool) -> Settings:
     """Of the folder of a network; late: whether the model is a late-interaction one. Raises CheckpointError for a key
     or a value that can't be honoured, naming it and the file."""
+    path, raw = own_settings(folder)
+    try:
+        return _read(raw, late)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def own_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file, as it is, of the folder of a network; empty where there is none."""
     for path in (folder / name for name in NAMES):
-        raw = read_json(path) if path.is_file() else {}
+        raw: dict[str, Any] = read_json(path) if path.is_file() else {}
         if raw:
-            try:
-                return _read(raw, late)
-            except CheckpointError as error:
-                raise CheckpointError(f"{path}: {error}") from None
-    return Settings()
+            return path, raw
+    return folder / NAMES[0], {}
 
 
 def _read(raw: dict[str, Any], late: bool) -> Settings:
@@ -105,6 +112,8 @@ def _read(raw: dict[str, Any], late: bool) -> Settings:
     _all_idle("model_kwargs", get.mapping("model_kwargs"), _LOADING | _IDLE | {"add_pooling_layer"})
     config = _honoured("config_kwargs", get.mapping("config_kwargs"), _CONFIG, _LOADING | _IDLE)
     given = get.mapping("processor_kwargs")
+    if "local_attention" in config:
+        config["sliding_window"] = None  # the file's own, which means the same, doesn't win
     tokenizer = _honoured("processor_kwargs", given, _TOKENIZER | {"model_max_length"}, _LOADING | _TOKENIZER_IDLE)
     length = _whole("max_seq_length", raw.get("max_seq_length"))
     if "model_max_length" in tokenizer:
@@ -180,6 +189,8 @@ def _output(get: Reader) -> str:
             f"method is 'forward' and whose method_output_name is {output!r}"
         )
     given = get.raw.get("module_output_name")
+    if name == "token logits":
+        return name
     if not isinstance(given, str):
         raise CheckpointError(f"module_output_name is {shown(given)}; beside modality_config it must be a string")
     return given

@@ -139,3 +139,22 @@ def test_a_head_in_modules_pools_without_the_prompt_where_the_file_says_so(small
     for call in ({}, {"prompt_name": "odd"}, {"prompt": ""}):
         assert_same(ours.predict(PAIRS, **call), model.predict(PAIRS, **call))
     assert np.abs(ours.predict(PAIRS) - ours.predict(PAIRS, prompt="")).max() > 1e-4
+
+
+def test_an_encoders_prompts_and_activation_are_not_a_cross_encoders(saved):
+    folder = saved(prompts=PROMPTS, default_prompt_name="web", activation_fn=torch.nn.Tanh())
+    for model_type in ("SentenceTransformer", "CrossEncoder"):
+        edit(folder / "config_sentence_transformers.json", model_type=model_type)
+        ours = ml.Reranker.from_pretrained(folder)
+        assert_same(ours.predict(PAIRS), theirs(folder).predict(PAIRS))
+        assert ours.prompts == (PROMPTS if model_type == "CrossEncoder" else {})
+
+
+def test_a_null_activation_in_config_json_is_the_usual_one(small_checkpoint):
+    folder = small_checkpoint(SEQUENCE, num_labels=1)
+    edit(
+        folder / "config.json",
+        sentence_transformers={"activation_fn": None},
+        sbert_ce_default_activation_function="torch.nn.Tanh",
+    )
+    assert_same(ml.Reranker.from_pretrained(folder).predict(PAIRS), theirs(folder).predict(PAIRS))

@@ -179,6 +179,7 @@ def test_settings_that_change_nothing_open_the_same(folder, settings):
         ({"processing_kwargs": {"common": {"add_special_tokens": False}}}, "add_special_tokens"),
         ({"processing_kwargs": {"text": {"max_length": -1}}}, "max_length of processing_kwargs is -1"),
         ({"transformer_task": "text-generation"}, "transformer_task is 'text-generation'"),
+        ({"transformer_task": "fill-mask"}, "Pooling .* works on 'token_embeddings'"),
         ({"transformer_task": "sequence-classification"}, "Pooling .* works on 'token_embeddings'"),
         ({"modality_config": {"image": {}}, "module_output_name": "token_embeddings"}, "modality_config"),
         (
@@ -339,7 +340,7 @@ def test_truncate_dim_set_after_loading_takes_effect_and_is_checked(folder):
 # --- prompts that are not pooled
 
 
-PROMPTS = ["Find: ", "Find this [SEP]", "[SEP]", "[CLS]", "Wozu? [MASK]", "a long prompt, to be cut. " * 9, " "]
+PROMPTS = ["Find: ", "Find", "Find this [SEP]", "[SEP]", "[CLS]", "Wozu? [MASK]", "a long prompt, to be cut. " * 9, " "]
 
 
 @pytest.mark.parametrize("mode", [*MODES, ["lasttoken", "cls", "mean"]], ids=str)

@@ -17,7 +17,7 @@ from .batch import PackedBatch, pack
 from .heads import encoder_class
 from .pipeline import Checkpoint, Pipeline, check_text, length, listed
 from .prompts import Prompted
-from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown
+from .reading import CheckpointError, OptionError
 from .st_config import LATE_SIMILARITIES, USUAL_PROMPTS, finish, length_limit, on_vectors, similarity_name
 
 # Of maxsim: the tokens of documents, and the dot products, that are in memory at a time, if one pair needs no more.
@@ -185,14 +185,15 @@ class LateInteraction(Prompted, Pipeline):
         )
 
     def _find_padding(self, token: str | None, folder: Path) -> int:
-        found = self.tokenizer.mask_token_id if token is None else self.tokenizer.id_of(token)
+        names = (
+            self.tokenizer.names
+        )  # as sentence-transformers: the mask token that the files name, else the last token
+        padding = token or names.get("mask_token") or names.get("eos_token") or self.tokenizer.mask_token
+        found = None if padding is None else self.tokenizer.id_of(padding)
         if found is None:
             raise CheckpointError(f"{folder}: queries are padded with {token or 'the mask token'}, which is not known")
         path = folder / "tokenizer_config.json"
-        side = read_json(path, MAX_TOKENIZER_JSON_BYTES).get("padding_side") if path.is_file() else None
-        if side not in (None, "right", "left"):
-            raise CheckpointError(f"{path}: padding_side is {shown(side)}; it must be 'right' or 'left'")
-        self.pads_left = side == "left"
+        self.pads_left = self.tokenizer.padding_side == "left"
         window = getattr(self.config, "local_attention", 2 * self.padded_length) // 2
         if self.pads_left and self.padded_length > window + 1:
             raise CheckpointError(

@@ -117,7 +117,7 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
     # Of everything that a module makes: the modules that it takes from the network's output on, in order.
     made: dict[str, tuple[tuple[str, str], ...]] = {}
     modules = read_modules(folder)
-    names = [module.get("name") for module in modules]
+    names = [module["name"] for module in modules if "name" in module]
     if len({str(name) for name in names}) < len(names):  # the last one of a name takes the place of the first there
         raise CheckpointError(f"modules.json: two modules have one name: {shown(names)}")
     for module in modules:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
-from tokenizers.normalizers import Lowercase, Sequence
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer, Lowercase, Sequence
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from .reading import CheckpointError, OptionError, shown
 from .tokenizer_files import no_panic, read_tokenizer
@@ -26,17 +30,34 @@ _UNWEIGHTED: dict[str, tuple[str, ...]] = {
 
 # A text of more characters than this many a token is first tried by its beginning only.
 _CLIP_CHARACTERS = 64
+# A text without spaces is cut inside a word only from this length on: it costs up to as much as _HUGE characters do.
+_HUGE = 1 << 20
+# Characters among which some token ends, unless it is a long run of few characters, and cuts that are tried at a time.
+_REACH, _CUTS_AT_A_TIME = 128, 16
+# WordPiece makes one unknown token of a word of more than 100 characters, whatever they are.
+_LONG_WORD = 101
 # Tokens that the beginning must have beyond max_length. What follows a word's end may change its last few tokens, where
 # a token reaches over white space: Qwen's "!\n", ColBERT's "[Q] ".
 _CLIP_SPARE = 32
 # What clean_up_tokenization_spaces does to a decoded text, in this order.
-_CLEANED = (*((" " + end, end) for end in (".", "?", "!", ",")), (" ' ", "'"))
-_CLEANED += tuple((" " + end, end) for end in ("n't", "'m", "'s", "'ve", "'re"))
+_CLEANED = (
+    *((" " + end, end) for end in (".", "?", "!", ",")),
+    (" ' ", "'"),
+    *((" " + end, end) for end in ("n't", "'m", "'s", "'ve", "'re")),
+)
+_MOST_SPECIAL = 1 << 10  # tokens that a template may put around a text
 _LONGEST = 1 << 31  # of max_length: lengths in a batch are int32
 
 
 class Tokenizer:
-    """Texts and pairs to ids. Nothing is changed after construction, so any number of threads may share one."""
+    """Texts and pairs to ids, as transformers 5.23's AutoTokenizer makes them of the folder's files. Encoding changes
+    nothing, so any number of threads may share one.
+
+    How much time and memory a text takes is the tokenizers library's: up to 0.3 KB a character and 2 s a megabyte, for
+    the part of the text that is needed. The whole is needed where its few last characters change the first tokens (a
+    Unigram vocabulary's cut of one repeated letter), and where it has fewer tokens than max_length. A hostile
+    tokenizer.json can make any text large (a normalizer that puts a megabyte in a letter's place): open what you don't
+    trust in a process whose memory is limited."""
 
     def __init__(
         self,
@@ -65,6 +86,7 @@ class Tokenizer:
             self._single, self._pair = self._template(is_pair=False), self._template(is_pair=True)
         # transformers gives a network no types where these aren't among model_input_names.
         self.has_types = files.gives_types and any(kind for _, kind in self._single + self._pair)
+        self._long_words = self._words_without_pieces()
         self.max_length = max_length
         self.mask_token, self.mask_token_id = self._find("mask_token", ("[MASK]", "<mask>"))
         unweighted = {self._find(key, names)[1] for key, names in _UNWEIGHTED.items()}
@@ -113,8 +135,9 @@ class Tokenizer:
         """
         most = self._max_length if max_length is None else self._checked_length(max_length)
         try:
-            # Pairs are not clipped: how the two share the room depends on which is longer.
-            sides = [s for text in texts for s in ([self._clip(text, most)] if isinstance(text, str) else text)]
+            sides: list[str] = []
+            for text in texts:
+                sides += [self._clip(text, most)] if isinstance(text, str) else self._clip_pair(text, most)
             with no_panic("these texts can't be tokenized"):
                 encodings = iter(self._rust.encode_batch_fast(sides, add_special_tokens=False))
         except CheckpointError:
@@ -162,6 +185,7 @@ class Tokenizer:
                 with no_panic(f"token {token!r:.60} can't be added"):
                     if self._rust.encode(token, add_special_tokens=False).tokens != [token]:
                         self._rust.add_special_tokens([AddedToken(token, normalized=False)])
+                        self._long_words = self._words_without_pieces()
                 return
 
     def decode(self, token_id: int) -> str:
@@ -180,13 +204,19 @@ class Tokenizer:
         [CLS] A [SEP] B [SEP] -> [(50281, 0), (-1, 0), (50282, 0), (-2, 1), (50282, 1)]
         """
         encoding = self._rust.encode("a", "a" if is_pair else None)
+        if len(encoding) > _MOST_SPECIAL:
+            raise CheckpointError(
+                f"its template gives {len(encoding)} tokens for 'a'; at most {_MOST_SPECIAL} are read"
+            )
         template: list[tuple[int, int]] = []
         for token, text, kind in zip(encoding.ids, encoding.sequence_ids, encoding.type_ids, strict=True):
             item = (token if text is None else ~text, kind)
             if text is None or template[-1:] != [item]:
                 template.append(item)
         if sorted(item for item, _ in template if item < 0) != [~1, ~0][1 - is_pair :]:
-            raise ValueError(f"its template gives {encoding.tokens} for {'two texts' if is_pair else 'a text'} 'a'")
+            raise CheckpointError(
+                f"its template gives {shown(encoding.tokens)} for {'two texts' if is_pair else 'a text'} 'a'"
+            )
         return template
 
     def _cut(self, parts: list[list[int]], room: int) -> list[list[int]]:
@@ -206,21 +236,88 @@ class Tokenizer:
         return [part[len(part) - n :] for part, n in zip(parts, sizes, strict=True)]
 
     def _clip(self, text: str, most: int) -> str:
-        """The beginning of a very long text, if it alone has `most` tokens: what is cut off anyway need not be
-        tokenized (10 MB take ten seconds). It ends at the end of a word: what comes later changes a few of its last
-        tokens at most. (Inside a word it may change all: Unigram's pieces of "aaaa..." depend on how many there are.)
-        """
+        """The part of a very long text that its kept tokens come from: the beginning (for truncation_side "left" the
+        end), if it alone has `most` tokens. What is cut off anyway need not be tokenized (10 MB take ten seconds).
+
+        It is cut at a space or a line's end: what comes beyond that changes a few of its last tokens at most. (Inside
+        a word it may change all: Unigram's pieces of "aaaa..." depend on how many there are.)"""
         size = most * _CLIP_CHARACTERS
-        while self._keeps_beginning and len(text) > 2 * size:
-            beginning = text[: max(text.rfind(" ", 0, size), text.rfind("\n", 0, size), 0)].rstrip()
+        if len(text) > 2 * size and self._long_words is not None:
+            text = self._long_words.sub(lambda word: word[0][:_LONG_WORD], text)
+        while len(text) > 2 * size:
             with no_panic("this text can't be tokenized"):
+                part = self._part_of_words(text, size)
                 if (
-                    len(beginning) > size // 2
-                    and len(self._rust.encode(beginning, add_special_tokens=False)) >= most + _CLIP_SPARE
+                    len(part) > size // 2
+                    and len(self._rust.encode(part, add_special_tokens=False)) >= most + _CLIP_SPARE
                 ):
-                    return beginning
+                    return part
+                if len(part) <= size // 2 and len(text) >= _HUGE and (found := self._part_of_a_word(text, size, most)):
+                    return found
             size *= 4
         return text
+
+    def _clip_pair(self, pair: tuple[str, str], most: int) -> tuple[str, str]:
+        """Both clipped, unless it may matter which of them is the longer: that one gets the odd token of the room."""
+        clipped = self._clip(pair[0], most), self._clip(pair[1], most)
+        if (most - len(self._pair)) % 2 and clipped != pair:
+            whole = [part for part, side in zip(clipped, pair, strict=True) if part == side]
+            with no_panic("this text can't be tokenized"):
+                if not whole or len(self._rust.encode(whole[0], add_special_tokens=False)) >= most:
+                    return pair
+        return clipped
+
+    def _words_without_pieces(self) -> re.Pattern[str] | None:
+        """What finds runs of letters that WordPiece makes one unknown token of: their length doesn't matter."""
+        model, splitter = self._rust.model, self._rust.pre_tokenizer
+        if not isinstance(model, WordPiece) or not isinstance(splitter, BertPreTokenizer):
+            return None
+        own = self._rust.normalizer
+        added = self._rust.get_added_tokens_decoder().values()
+        if not (own is None or isinstance(own, BertNormalizer)) or model.max_input_chars_per_word >= _LONG_WORD:
+            return None
+        if any(str(token).isascii() and str(token).isalnum() for token in added):
+            return None  # it would be found inside such a run
+        return re.compile(f"[A-Za-z0-9]{{{_LONG_WORD},}}")
+
+    def _part_of_words(self, text: str, size: int) -> str:
+        if self._keeps_beginning:
+            return text[: max(text.rfind(" ", 0, size), text.rfind("\n", 0, size), 0)].rstrip()
+        found = [at for at in (text.find(" ", -size), text.find("\n", -size)) if at >= 0]
+        return text[min(found) :].lstrip() if found else ""
+
+    def _part_of_a_word(self, text: str, size: int, most: int) -> str | None:
+        """Where there is no space to cut at: a part of the text whose kept tokens are those of the whole, or None.
+
+        The whole's tokens up to the end of one of them are the tokens of the text up to there. Some token ends within
+        any stretch as long as the vocabulary's longest token. So if the text up to each character of such a stretch
+        starts with the same tokens, the whole does, too. (The same holds from the end.)"""
+        left = self._keeps_beginning
+        encoding = self._rust.encode(text[:size] if left else text[-size:], add_special_tokens=False)
+        kept = most + _CLIP_SPARE
+        if len(encoding) < kept:
+            return None
+        start = encoding.offsets[kept - 1][1] if left else size - encoding.offsets[-kept][0]
+        reach = min(_REACH, self._longest)
+        window = text[start : start + reach] if left else text[-start - reach : len(text) - start]
+        if len(set(window)) <= 8:  # tokens longer than _REACH are runs of few characters: spaces, dashes
+            reach = self._longest
+        if (start + reach) * reach > len(text):  # as much work as the whole
+            return None
+        wanted = encoding.ids[:most] if left else encoding.ids[-most:]
+        for first in range(start, start + reach, _CUTS_AT_A_TIME):
+            cuts = range(first, min(first + _CUTS_AT_A_TIME, start + reach))
+            parts = [text[:cut] if left else text[-cut:] for cut in cuts]
+            for found in self._rust.encode_batch_fast(parts, add_special_tokens=False):
+                if (found.ids[:most] if left else found.ids[-most:]) != wanted:
+                    return None
+        return parts[-1]
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the vocabulary's longest token, and of a word that WordPiece takes apart."""
+        words = _LONG_WORD if isinstance(self._rust.model, WordPiece) else 0
+        return max(words, *map(len, self._rust.get_vocab()))
 
     def _find(self, key: str, usual: tuple[str, ...]) -> tuple[str | None, int | None]:
         """The token that the files beside tokenizer.json have under this key, else the first of `usual` there is."""

@@ -43,8 +43,9 @@ _OWN_NAMES: dict[str, dict[str, str]] = {
     },
 }
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_OF_A_TOKEN = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _SIDES = ("right", "left")
-_MAX_REBUILT_BYTES = 1 << 28  # of a tokenizer.json that is read here, too; that of 250,000 pieces has 17 MB
+_MAX_BYTES = 1 << 28  # of tokenizer.json: Gemma's has 34 MB
 # Keys by which a file could put another tokenizer in the place of tokenizer.json's. Nobody has them.
 _REFUSED = ("init_inputs", "post_processor", "tokenizer_object", "tokenizer_truncation", "tokenizer_padding")
 
@@ -68,14 +69,16 @@ def read_tokenizer(folder: Path, given: Mapping[str, Any] | None = None) -> Toke
     Raises CheckpointError for a missing or malformed file, naming it, and for a setting that isn't supported.
     """
     path, beside = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    if not path.is_file():
-        raise CheckpointError(_advice(folder))
+    stored = _optional(beside, MAX_TOKENIZER_JSON_BYTES)
+    if not os.path.lexists(path):
+        raise CheckpointError(_advice(folder, stored))
+    if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+        raise CheckpointError(f"{path} is no file of at most {_MAX_BYTES} bytes")
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise CheckpointError(
                 f"{path} is a pointer of git-lfs, not the tokenizer: run `git lfs pull` in its folder"
             )
-    stored = _optional(beside, MAX_TOKENIZER_JSON_BYTES)
     given = given or {}
     kind = _class(folder, stored, beside)
     with no_panic(f"{path} can't be read"):
@@ -104,15 +107,16 @@ def _class(folder: Path, stored: Mapping[str, Any], beside: Path) -> str:
 
 def _settings(folder: Path, rust: RustTokenizer, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings, the special tokens and `added_tokens_decoder` among them as AddedToken or str."""
+    beside = folder / "tokenizer_config.json"
     settings = {key: value for key, value in stored.items() if key not in ("add_bos_token", "add_eos_token")}
     settings.update(given)
     for key in _REFUSED:
         if settings.get(key):
-            raise CheckpointError(f"{folder}: {key} of the tokenizer is {shown(settings[key])}; it is not supported")
+            raise CheckpointError(f"{beside}: {key} is {shown(settings[key])}; it is not supported: take it out")
     files = settings.get("fast_tokenizer_files")
     if files not in (None, ["tokenizer.json"]):
         raise CheckpointError(
-            f"{folder}: fast_tokenizer_files is {shown(files)}; one tokenizer.json for all versions is supported"
+            f"{beside}: fast_tokenizer_files is {shown(files)}; one tokenizer.json for all versions is supported"
         )
     if "additional_special_tokens" in settings and not settings.get("extra_special_tokens"):
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
@@ -124,7 +128,7 @@ def _settings(folder: Path, rust: RustTokenizer, stored: Mapping[str, Any], give
     if "added_tokens_decoder" in settings:
         listed = settings["added_tokens_decoder"]
         if not isinstance(listed, dict) or not all(isinstance(token, (dict, AddedToken)) for token in listed.values()):
-            raise CheckpointError(f"{folder}: added_tokens_decoder is {shown(listed)}; it must map ids to tokens")
+            raise CheckpointError(f"{beside}: added_tokens_decoder is {shown(listed)}; it must map ids to tokens")
         added = {int(i): _token(token) for i, token in listed.items()}
     else:
         added = _older_files(folder, rust, settings, given)
@@ -164,6 +168,7 @@ def _older_files(
 
 
 def _apply(folder: Path, kind: str, rust: RustTokenizer, settings: dict[str, Any]) -> TokenizerFiles:
+    beside, stored_at = folder / "tokenizer_config.json", folder / "tokenizer.json"
     truncation, padding = rust.truncation or {}, rust.padding or {}
     named = {key: settings.get(key, own) for key, own in {**dict.fromkeys(_NAMES), **_OWN_NAMES[kind]}.items()}
     if kind == _WHOLE and padding and "pad_token" not in settings:
@@ -172,15 +177,17 @@ def _apply(folder: Path, kind: str, rust: RustTokenizer, settings: dict[str, Any
     named |= {key: settings[key] for key in _own_tokens(settings)}
     named |= settings.get("model_specific_special_tokens") or {}
     extra = settings.get("extra_special_tokens", settings.get("additional_special_tokens")) or []
+    if not isinstance(extra, list):
+        raise CheckpointError(f"{beside}: extra_special_tokens is {shown(extra)}; it must be a list or an object")
     for key, value in [*named.items(), *(("extra_special_tokens", value) for value in extra)]:
         if not isinstance(value, (str, AddedToken, type(None))):
-            raise CheckpointError(f"{folder}: {key} of the tokenizer is {shown(value)}; it must be a token's name")
+            raise CheckpointError(f"{beside}: {key} is {shown(value)}; it must be a token or its name")
     if kind != _WHOLE:
-        stored = read_json(folder / "tokenizer.json", _MAX_REBUILT_BYTES)
+        stored = read_json(stored_at, _MAX_BYTES)
         rust = (_bert if kind == _BERT else _xlmr)(stored, settings, named)
     if getattr(rust.model, "dropout", None):
         raise CheckpointError(
-            f"{folder / 'tokenizer.json'}: dropout of its model is {rust.model.dropout}: every call would "
+            f"{stored_at}: dropout of its model is {rust.model.dropout}: every call would "
             "give other tokens; set it to null there"
         )
     # Truncation is done by our own code, not by the library, which keeps all that it cuts off: for a pair every cut
@@ -188,13 +195,13 @@ def _apply(folder: Path, kind: str, rust: RustTokenizer, settings: dict[str, Any
     rust.no_padding()
     rust.no_truncation()
     _add(rust, settings["added_tokens_decoder"], named, extra)
-    rust.encode_special_tokens = settings.get("split_special_tokens", False)
-    _set_template(kind, rust, settings, named)
+    rust.encode_special_tokens = _flag(settings, "split_special_tokens", False)
+    _set_template(beside, kind, rust, settings, named)
     sides = {}
     for key, default in (("truncation_side", truncation), ("padding_side", padding)):
         sides[key] = settings.get(key) or default.get("direction", "right")
         if sides[key] not in _SIDES:
-            raise CheckpointError(f"{folder}: {key} of the tokenizer is {shown(sides[key])}; it must be right or left")
+            raise CheckpointError(f"{beside}: {key} is {shown(sides[key])}; it must be 'right' or 'left'")
     asked = settings.get("model_input_names") or (["token_type_ids"] if kind == _BERT else [])
     clean = settings.get("clean_up_tokenization_spaces", False)
     if isinstance(rust.model, models.BPE):  # it would take spaces that are part of the text
@@ -231,9 +238,9 @@ def _bert(stored: dict[str, Any], settings: dict[str, Any], named: dict[str, Any
     made = RustTokenizer(models.WordPiece(vocab, unk_token=str(named["unk_token"])))
     made.normalizer = normalizers.BertNormalizer(
         clean_text=True,
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"),
-        lowercase=settings.get("do_lower_case", True),
+        handle_chinese_chars=_flag(settings, "tokenize_chinese_chars", True),
+        strip_accents=_flag(settings, "strip_accents", None),
+        lowercase=_flag(settings, "do_lower_case", True),
     )
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece(prefix="##")
@@ -255,12 +262,14 @@ def _xlmr(stored: dict[str, Any], settings: dict[str, Any], named: dict[str, Any
     return made
 
 
-def _set_template(kind: str, rust: RustTokenizer, settings: dict[str, Any], named: dict[str, Any]) -> None:
+def _set_template(
+    beside: Path, kind: str, rust: RustTokenizer, settings: dict[str, Any], named: dict[str, Any]
+) -> None:
     """The special tokens of texts and pairs, where the class or keywords say so."""
     ends = {_BERT: ("cls_token", "sep_token"), _XLMR: ("bos_token", "eos_token")}.get(kind, ())
     for key in ends:
         if named[key] is None:
-            raise CheckpointError(f"{key} of the tokenizer is null; a {kind} needs one")
+            raise CheckpointError(f"{beside}: {key} is null; a {kind} needs one")
     if kind == _BERT:
         first, last = str(named["cls_token"]), str(named["sep_token"])
         single, pair = [first, "$A", last], [first, "$A", last, "$B:1", f"{last}:1"]
@@ -278,6 +287,13 @@ def _set_template(kind: str, rust: RustTokenizer, settings: dict[str, Any], name
     rust.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
 
 
+def _flag(settings: Mapping[str, Any], key: str, default: bool | None) -> Any:
+    value = settings.get(key, default)
+    if not isinstance(value, bool) and (value, default) != (None, None):
+        raise CheckpointError(f"{key} of the tokenizer is {shown(value)}; it must be true or false")
+    return value
+
+
 def _own_tokens(settings: Mapping[str, Any]) -> list[str]:
     """Keys of tokens that only this checkpoint names: "image_token"."""
     return [
@@ -290,7 +306,7 @@ def _own_tokens(settings: Mapping[str, Any]) -> list[str]:
 def _token(value: Any) -> AddedToken:
     if isinstance(value, AddedToken):
         return value
-    return AddedToken(**{key: part for key, part in value.items() if key != "__type"})
+    return AddedToken(**{key: part for key, part in value.items() if key in _OF_A_TOKEN})  # it prints others' names
 
 
 def _typed(value: Any) -> Any:
@@ -310,17 +326,22 @@ def _optional(path: Path, limit: int = 1 << 20) -> dict[str, Any]:
     return found
 
 
-def _advice(folder: Path) -> str:
-    """Of a folder without tokenizer.json: what to do."""
-    if (folder / "vocab.txt").is_file() or list(folder.glob("*.model")) or (folder / "merges.txt").is_file():
-        return (
-            f'no tokenizer.json in {folder}; transformers makes one of its older files: python -c "from transformers '
-            "import AutoTokenizer as T; T.from_pretrained('FOLDER').save_pretrained('FOLDER')\", with the folder for "
-            "FOLDER"
-        )
+def _advice(folder: Path, stored: Mapping[str, Any]) -> str:
+    """What to do about a folder without tokenizer.json."""
+    named = str(stored.get("tokenizer_class")).removesuffix("Fast")
+    named = (
+        named if named.isidentifier() and len(named) < 60 and _CLASSES.get(named) != _WHOLE and named != "None" else ""
+    )
+    made_by = {"vocab.txt": _BERT, "sentencepiece.bpe.model": _XLMR, "merges.txt": "", "tokenizer.model": ""}
+    for name, usual in made_by.items():
+        if (folder / name).is_file() and (named or usual):
+            return (
+                f'no tokenizer.json in {folder}; transformers makes one of {name}: python -c "from transformers import '
+                f"{named or usual} as T; T.from_pretrained('FOLDER').save_pretrained('FOLDER')\", FOLDER being its path"
+            )
     return (
-        f"no tokenizer in {folder} (a Trainer's checkpoint has none): copy tokenizer.json, tokenizer_config.json and "
-        "special_tokens_map.json, those that there are, from the base model that it was trained from"
+        f"no tokenizer in {folder} (a Trainer's checkpoint may have none): copy tokenizer.json, tokenizer_config.json "
+        "and special_tokens_map.json, those that there are, from the base model that it was trained from"
     )
 
 

@@ -39,6 +39,7 @@ _NEEDED_PATTERNS = [
     INDEX,
     *_TOP,
     *_BESIDE,
+    "added_tokens.json",
     "sentence_*_config.json",
     "[0-9]*_*/*.json",
     "[0-9]*_*/model.safetensors",

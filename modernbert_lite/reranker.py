@@ -32,7 +32,7 @@ class Reranker(Prompted, Pipeline):
         network = encoder_class(checkpoint.config) if sentence.scores else network_class(architecture)
         super().__init__(checkpoint, network, **options)
         # What an encoder's files say of prompts and activation isn't about scores: CrossEncoder passes over it, too.
-        told = sentence if sentence.model_type == "CrossEncoder" else SentenceConfig()
+        told = sentence if sentence.model_type in (None, "CrossEncoder") else SentenceConfig()
         self.prompts = told.prompts or {}
         self.default_prompt_name = told.default_prompt_name
         self.network: Callable[[PackedBatch], Tensor] = self.graphed(self.model)

@@ -34,7 +34,8 @@ class Reranker(Prompted, Pipeline):
         # What an encoder's files say of prompts and activation isn't about scores: CrossEncoder passes over it, too.
         told = sentence if sentence.model_type in (None, "CrossEncoder") else SentenceConfig()
         self.prompts = told.prompts or {}
-        self.default_prompt_name = told.default_prompt_name
+        default = told.default_prompt_name
+        self.default_prompt_name = default if default in self.prompts else None  # "query" of an encoder's files is empty
         self.network: Callable[[PackedBatch], Tensor] = self.graphed(self.model)
         self.pooling: Pooling | None = None  # of an encoder whose head lies in sentence-transformers' modules
         self.labels = self.config.labels

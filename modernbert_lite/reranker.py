@@ -35,7 +35,7 @@ class Reranker(Prompted, Pipeline):
         told = sentence if sentence.model_type in (None, "CrossEncoder") else SentenceConfig()
         self.prompts = told.prompts or {}
         default = told.default_prompt_name
-        self.default_prompt_name = default if default in self.prompts else None  # "query" of an encoder's files is empty
+        self.default_prompt_name = default if default in self.prompts else None  # an encoder's "query" is empty
         self.network: Callable[[PackedBatch], Tensor] = self.graphed(self.model)
         self.pooling: Pooling | None = None  # of an encoder whose head lies in sentence-transformers' modules
         self.labels = self.config.labels

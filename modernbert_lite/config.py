@@ -247,16 +247,18 @@ _CONFIGS: dict[str, type[ModernBertConfig] | type[GteConfig]] = {
 }
 
 
-def read_config(folder: str | Path) -> Config:
-    """`folder`/config.json. Raises CheckpointError for a missing, malformed or unsupported one."""
+def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """`folder`/config.json, with the keys of `overrides` instead of its own. Raises CheckpointError for a missing,
+    malformed or unsupported one."""
     path = Path(folder) / "config.json"
     if not is_there(path):
         raise CheckpointError(f"no config.json in {folder}: not a checkpoint folder")
     try:
-        raw = read_json(path)
+        raw = {**read_json(path), **(overrides or {})}
         return _CONFIGS.get(str(raw.get("model_type")), ModernBertConfig).from_dict(raw)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        also = f", with {', '.join(overrides)} of sentence_bert_config.json" if overrides else ""
+        raise CheckpointError(f"{path}{also}: {error}") from None
 
 
 def _check_type(raw: Mapping[str, Any], wanted: type[Config]) -> None:
@@ -433,6 +435,8 @@ def _labels(get: Reader) -> tuple[str, ...]:
 def _activation_fn(raw: Mapping[str, Any]) -> str | None:
     """sentence-transformers 4 and 5 keep a cross-encoder's activation in config.json, before that under another key."""
     nested = raw.get("sentence_transformers")
-    name = nested.get("activation_fn") if isinstance(nested, Mapping) else None
-    name = name or raw.get("sbert_ce_default_activation_function")
+    if isinstance(nested, Mapping) and "activation_fn" in nested:  # null, too, is what it says
+        name = nested["activation_fn"]
+    else:
+        name = raw.get("sbert_ce_default_activation_function")
     return name if isinstance(name, str) else None

@@ -15,18 +15,21 @@ from .batch import PackedBatch
 from .heads import GteTokenClassifier, encoder_class
 from .pipeline import Checkpoint, Pipeline, check_text, length, listed, warn
 from .pooling import PRECISIONS, quantize_embeddings
-from .reading import CheckpointError, OptionError
-from .st_config import Pooling, finish, on_vectors
+from .prompts import Prompted
+from .reading import CheckpointError, OptionError, shown
+from .st_config import SIMILARITIES, USUAL_PROMPTS, Pooling, finish, on_vectors, similarity_name
 from .weights import BUNDLED
 
 
-class Embedder(Pipeline):
+class Embedder(Prompted, Pipeline):
     """An embedding model. `prompts`, `default_prompt_name`, `similarity_fn_name` and `max_seq_length` are the
-    repository's own; `dimension` is the width of its vectors before `truncate_dim`, which may be given to
-    `from_pretrained` for all of them. Without a path_or_id that takes the bundled model, and says so on stderr."""
+    repository's own, and may be set; `dimension` is the width of its vectors before `truncate_dim`, which may be given
+    to `from_pretrained`, or set, for all of them. Without a path_or_id that takes the bundled model, and says so on
+    stderr."""
 
     default_model = BUNDLED
     own_options = ("truncate_dim",)
+    usual_prompts = USUAL_PROMPTS
 
     def __init__(self, checkpoint: Checkpoint, *, truncate_dim: int | None = None, **options: Any):
         self.check(checkpoint)
@@ -40,17 +43,41 @@ class Embedder(Pipeline):
             )
         self.sparse = checkpoint.sparse
         super().__init__(checkpoint, GteTokenClassifier if self.sparse else encoder_class(checkpoint.config), **options)
-        self.prompts = dict(sentence.prompts or {})
+        self.prompts = sentence.prompts or {}
         self.default_prompt_name = sentence.default_prompt_name
         self.similarity_fn_name = sentence.similarity_fn_name
         self.pooling = sentence.pooling or Pooling()
         self.normalizes = sentence.normalize
         encoder = self.model.model if self.sparse else self.model
         self.network = self.graphed(self.model, partial(_forward, encoder, self.pooling.modes))
-        width = self.config.hidden_size * len(self.pooling.modes)
+        self.on_tokens = on_vectors(checkpoint.root, sentence.on_tokens, self.config.hidden_size, self.device)
+        width = self.on_tokens[-1].out_features if self.on_tokens else self.config.hidden_size
+        width *= len(self.pooling.modes)
         self.dense = on_vectors(checkpoint.root, sentence.dense, width, self.device)
         self.dimension = self.dense[-1].out_features if self.dense else width
-        self.truncate_dim = self._check_dim(truncate_dim)
+        stored = sentence.truncate_dim and min(sentence.truncate_dim, self.dimension)
+        self.truncate_dim = stored if truncate_dim is None else truncate_dim
+
+    @property
+    def truncate_dim(self) -> int | None:
+        """How many numbers of each vector are given where a call doesn't say; None: all. Setting it raises OptionError
+        for anything else than None and whole numbers from 1 to `dimension`."""
+        return self._truncate_dim
+
+    @truncate_dim.setter
+    def truncate_dim(self, value: int | None) -> None:
+        self._truncate_dim = self._check_dim(value)
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """What `similarity` computes: "cosine", "dot", "euclidean" or "manhattan". May be set to one of them, to the
+        name of sentence-transformers' function ("cos_sim"), or to a member of its enumeration; raises OptionError for
+        others."""
+        return self._similarity_fn_name
+
+    @similarity_fn_name.setter
+    def similarity_fn_name(self, value: Any) -> None:
+        self._similarity_fn_name = similarity_name(value, SIMILARITIES)
 
     def encode(
         self,
@@ -116,6 +143,8 @@ class Embedder(Pipeline):
 
         def forward(batch: PackedBatch) -> Tensor:
             x = self.network(batch, alone)
+            if self.on_tokens:
+                x = finish(x.float(), self.on_tokens, False, None)
             pooled = x.float() if alone else pooling.pool(x, batch, self.pooling.modes, skip)
             return finish(pooled, self.dense, unit, dim)
 
@@ -177,17 +206,9 @@ class Embedder(Pipeline):
             kwargs["prompt"] = next((self.prompts[name] for name in names if name in self.prompts), "")
         return self.encode(sentences, **kwargs)
 
-    def _resolve_prompt(self, name: str | None, prompt: str | None) -> str:
-        if prompt is not None:
-            return check_text(prompt, 0)
-        name = self.default_prompt_name if name is None else name
-        if name is not None and name not in self.prompts:
-            raise OptionError(f"prompt_name is {name!r}; this model has {sorted(self.prompts) or 'no prompts'}")
-        return "" if name is None else self.prompts[name]
-
     def _check_dim(self, dim: int | None) -> int | None:
         if dim is not None and (type(dim) is not int or not 0 < dim <= self.dimension):
-            raise OptionError(f"truncate_dim is {dim}; it must be from 1 to {self.dimension}")
+            raise OptionError(f"truncate_dim is {shown(dim)}; it must be from 1 to {self.dimension}")
         return dim
 
 

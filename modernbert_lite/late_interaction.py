@@ -16,8 +16,9 @@ from torch import Tensor
 from .batch import PackedBatch, pack
 from .heads import encoder_class
 from .pipeline import Checkpoint, Pipeline, check_text, length, listed
+from .prompts import Prompted
 from .reading import CheckpointError, OptionError
-from .st_config import finish, length_limit, on_vectors
+from .st_config import LATE_SIMILARITIES, USUAL_PROMPTS, finish, length_limit, on_vectors, similarity_name
 
 # Of maxsim: the tokens of documents, and the dot products, that are in memory at a time, if one pair needs no more.
 _DOCUMENT_TOKENS, _PRODUCTS = 1 << 13, 1 << 23
@@ -67,12 +68,13 @@ def _joined(arrays: list[np.ndarray], most: int) -> Iterator[tuple[slice, np.nda
         yield slice(first, len(arrays)), np.concatenate(arrays[first:]), starts[:-1]
 
 
-class LateInteraction(Pipeline):
+class LateInteraction(Prompted, Pipeline):
     """A late-interaction model. `query_length` and `max_seq_length`, which is the documents' length here, are the
     repository's own or given to `from_pretrained`; `prompts` has what "query" and "document" texts begin with;
     `dimension` is the width of the vectors. Short queries are padded to `padded_length` (0: none are)."""
 
     own_options = ("query_length",)
+    usual_prompts = USUAL_PROMPTS
 
     def __init__(self, checkpoint: Checkpoint, *, query_length: int | None = None, **options: Any):
         self.check(checkpoint)
@@ -86,8 +88,8 @@ class LateInteraction(Pipeline):
         self.similarity_fn_name = sentence.similarity_fn_name
         self.normalizes = sentence.normalize
         self.network = self.graphed(self.model)
-        width, on = config.hidden_size, "token_embeddings"
-        self.dense = on_vectors(checkpoint.root, sentence.dense, width, self.device, on)
+        width = config.hidden_size
+        self.dense = on_vectors(checkpoint.root, sentence.dense, width, self.device)
         self.dimension = self.dense[-1].out_features if self.dense else width
         for prefix in late.prefixes:
             self.tokenizer.keep_whole(prefix)
@@ -119,7 +121,7 @@ class LateInteraction(Pipeline):
         asking.tokenizer = copy.copy(self.tokenizer)
         asking.max_seq_length = asking.tokenizer.max_length = self.query_length
         if self.padded_length:  # batches are planned before it, and no query is shorter than the prompt alone
-            shortest = len(self.tokenizer.encode([self.prompts["query"]])[0][0])
+            shortest = len(self.tokenizer.encode([self._resolve_prompt("query", None)])[0][0])
             asking.batch_tokens = max(1, self.batch_tokens * shortest // max(shortest, self.padded_length))
         return asking._encode("query", texts, show_progress_bar)
 
@@ -127,6 +129,16 @@ class LateInteraction(Pipeline):
         """As encode_queries; cut to `max_seq_length` tokens. Tokens of the repository's skip list (mostly punctuation)
         have no vector."""
         return self._encode("document", texts, show_progress_bar)
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """What `similarity` computes: "maxsim" or "meanmaxsim". May be set to one of them, or to such a member of
+        sentence-transformers' enumeration; raises OptionError for others."""
+        return self._similarity_fn_name
+
+    @similarity_fn_name.setter
+    def similarity_fn_name(self, value: Any) -> None:
+        self._similarity_fn_name = similarity_name(value, LATE_SIMILARITIES)
 
     encode_query, encode_document = encode_queries, encode_documents  # sentence-transformers' names
     maxsim = staticmethod(maxsim)
@@ -148,7 +160,8 @@ class LateInteraction(Pipeline):
             x = finish(self.network(batch).float(), self.dense, self.normalizes, None)
             return _split(x, batch, self.skip_ids.get(task, []), in_order=not (pads and self.pads_left))
 
-        prompted = (self.prompts[task] + check_text(text, i) for i, text in enumerate(items))
+        prompt = self._resolve_prompt(task, None)
+        prompted = (prompt + check_text(text, i) for i, text in enumerate(items))
         blocks = self.run(prompted, forward, show_progress_bar, length(items))
         results = [row for block in blocks for row in block]
         return results[0] if single else results

@@ -62,7 +62,7 @@ class Checkpoint:
         root = find_checkpoint(name, **hub)
         sentence = read_sentence_config(root)
         folder = network_folder(root)
-        return cls(folder, root, read_config(folder), sentence)
+        return cls(folder, root, read_config(folder, sentence.settings.config), sentence)
 
     @property
     def use(self) -> str:
@@ -174,7 +174,8 @@ class Pipeline:
         self.config = config
         self.max_seq_length = longest if max_seq_length is None else max_seq_length
         self.on_long = on_long
-        self.tokenizer = Tokenizer(checkpoint.folder, self.max_seq_length, checkpoint.sentence.lower_case)
+        own = checkpoint.sentence.settings
+        self.tokenizer = Tokenizer(checkpoint.folder, self.max_seq_length, own.lower_case, settings=own.tokenizer)
         self.typed = self.tokenizer.has_types and isinstance(config, GteConfig) and config.type_vocab_size > 1
         self.model = load_weights(network, config, checkpoint.folder, device=device, dtype=dtype)
         on_cpu = self.device.type == "cpu"

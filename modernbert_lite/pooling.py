@@ -77,17 +77,25 @@ def rows(batch: PackedBatch, modes: Sequence[str]) -> Tensor | None:
 
 def pool(x: Tensor, batch: PackedBatch, modes: Sequence[str], skip: int = 0) -> Tensor:
     """The modes side by side: (T, C) -> (B, len(modes) * C) fp32. The first `skip` tokens of each sequence (a prompt)
-    don't count; a sequence of no more than `skip` tokens keeps its last one."""
-    if skip:
-        x, batch = _without_prompt(x, batch, skip)
-    return torch.cat([POOLING[mode](x, batch).float() for mode in modes], dim=-1)
+    don't count. A sequence of no other tokens gets what sentence-transformers gives it: its first token by `cls`, minus
+    infinity by `max`, zeros by the others."""
+    if not skip:
+        return torch.cat([POOLING[mode](x, batch).float() for mode in modes], dim=-1)
+    kept, rest = _without_prompt(x, batch, skip)
+    longer = batch.cu_seqlens.diff() > skip
+    special: dict[str, Callable[[], Tensor]] = {
+        "cls": lambda: x[(batch.cu_seqlens[:-1] + longer * skip).long()],
+        "lasttoken": lambda: x[(batch.cu_seqlens[1:] - 1).long()] * longer[:, None],
+        "max": lambda: torch.segment_reduce(kept.float(), "max", offsets=rest.cu_seqlens.long()),
+    }
+    parts = [special[mode]() if mode in special else POOLING[mode](kept, rest) for mode in modes]
+    return torch.cat([part.float() for part in parts], dim=-1)
 
 
 def _without_prompt(x: Tensor, batch: PackedBatch, skip: int) -> tuple[Tensor, PackedBatch]:
     # Positions are kept as they were: `weightedmean` weighs what remains by its place in the whole sequence.
-    left = tuple(n - min(skip, n - 1) if n else 0 for n in batch.seqlens)
-    lengths = torch.tensor([n for n in batch.seqlens for _ in range(n)], device=x.device)
-    keep = batch.position_ids >= torch.minimum(torch.full_like(lengths, skip), lengths - 1)
+    left = tuple([n - min(skip, n) for n in batch.seqlens])
+    keep = batch.position_ids >= skip
     cu_seqlens = F.pad(torch.tensor(left, dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32), (1, 0))
     return x[keep], replace(
         batch,

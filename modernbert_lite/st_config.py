@@ -1,13 +1,13 @@
 """The files that sentence-transformers writes beside a checkpoint, in their old (3-5) and new (6) forms.
 
-Module classes are matched by the last part of their dotted names and never imported.
+Module classes of sentence-transformers and PyLate are known by the last part of their dotted names; none is imported.
 """
 
 from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from .pooling import POOLING, normalize
-from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, Reader, inside, optional_json, read_json, shown
-from .weights import load_dense, network_folder, read_modules
+from .reading import (
+    MAX_TOKENIZER_JSON_BYTES,
+    CheckpointError,
+    OptionError,
+    Reader,
+    inside,
+    optional_json,
+    read_json,
+    shown,
+)
+from .st_settings import Settings, read_settings
+from .weights import load_dense, module_kind, network_folder, read_modules
 
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 LATE_SIMILARITIES = ("maxsim", "meanmaxsim")
+# Names of sentence-transformers' functions that mean one of these.
+_SIMILARITY_ALIASES = {
+    **{"cos_sim": "cosine", "dot_score": "dot", "dot_product": "dot"},
+    **{"euclidean_sim": "euclidean", "manhattan_sim": "manhattan", "mean_maxsim": "meanmaxsim"},
+}
+USUAL_PROMPTS = ("query", "document")  # every encoder has these, empty where no file has them
+_MODEL_TYPES = ("SentenceTransformer", "CrossEncoder", "MultiVectorEncoder", "ColBERT", "SparseEncoder")
 _OLD_POOLING_KEYS = {
     "cls": "pooling_mode_cls_token",
     "max": "pooling_mode_max_tokens",
@@ -28,14 +45,27 @@ _OLD_POOLING_KEYS = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
 }
+_POOLING_KEYS = {
+    *("pooling_mode", "include_prompt", *_OLD_POOLING_KEYS.values()),
+    *("word_embedding_dimension", "embedding_dimension"),  # what the network's width says already
+}
+# Classes of torch.nn that are one function: nothing learned, nothing random, nothing to be given.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "Identity": nn.Identity(),
-    "Sigmoid": torch.sigmoid,
-    "Tanh": torch.tanh,
-    "ReLU": torch.relu,
-    "GELU": nn.functional.gelu,
-    "SiLU": nn.functional.silu,
+    "Sigmoid": nn.Sigmoid(),
+    "Tanh": nn.Tanh(),
+    "ReLU": nn.ReLU(),
+    "GELU": nn.GELU(),
+    "SiLU": nn.SiLU(),
+    **{
+        name: getattr(nn, name)()
+        for name in (
+            *("CELU", "ELU", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU", "LogSigmoid", "Mish"),
+            *("ReLU6", "SELU", "Softplus", "Softshrink", "Softsign", "Tanhshrink"),
+        )
+    },
 }
+_ACTIVATION_PLACES = ("torch.nn", "torch.nn.modules", "torch.nn.modules.activation", "torch.nn.modules.linear")
 
 
 @dataclass(frozen=True)
@@ -62,76 +92,142 @@ class Late:
 class SentenceConfig:
     """What a repository says about making sentence vectors. Without files: mean pooling, as sentence-transformers."""
 
+    model_type: str | None = None  # the class of sentence-transformers that wrote the files, where they say so
     pooling: Pooling | None = None  # None: no file says so
-    dense: tuple[tuple[str, str], ...] = ()  # Dense and LayerNorm modules: kind and path
+    on_tokens: tuple[tuple[str, str], ...] = ()  # modules before the pooling, on every token: kind and path
+    dense: tuple[tuple[str, str], ...] = ()  # modules after it, or, in late interaction, on every token
     scores: bool = False  # the last of them gives a cross-encoder's scores
-    normalize: bool = False
+    normalize: bool = False  # after all of them
     prompts: Mapping[str, str] | None = None
     default_prompt_name: str | None = None
     similarity_fn_name: str = "cosine"
-    max_seq_length: int | None = None
-    lower_case: bool = False
+    truncate_dim: int | None = None
+    settings: Settings = field(default_factory=Settings)  # of the network and its tokenizer
     activation_fn: str | None = None  # of a cross-encoder's scores
     late: Late | None = None  # of a late-interaction model only; its prompts are named "query" and "document"
 
 
 def read_sentence_config(folder: Path) -> SentenceConfig:
-    """Raises CheckpointError for a module, pooling mode or similarity that isn't known, naming it."""
+    """Raises CheckpointError for a module, pooling mode, similarity or setting that isn't known, naming it."""
     found: dict[str, Any] = {}
     path = folder / "config_sentence_transformers.json"
     texts = optional_json(path)
+    model_type = texts.get("model_type")
+    if model_type is not None and model_type not in _MODEL_TYPES:
+        raise CheckpointError(f"{path}: model_type is {shown(model_type)}; known: {', '.join(_MODEL_TYPES)}")
     # PyLate's files have neither a module for the mask nor one for the norm; its older ones have no model_type.
-    pylate = texts.get("model_type") == "ColBERT" or "query_prefix" in texts
-    late = pylate or texts.get("model_type") == "MultiVectorEncoder"
+    pylate = model_type == "ColBERT" or "query_prefix" in texts
+    late = pylate or model_type == "MultiVectorEncoder"
     mask: dict[str, Any] = {}
     if pylate:
         words = texts.get("skiplist_words")
         mask["skiplist_words"] = list(string.punctuation) if words is None else words
-    for module in read_modules(folder):
-        kind, place = str(module.get("type")).rpartition(".")[2], module.get("path", "")
+    found["settings"] = settings = read_settings(network_folder(folder), late)
+    # Of everything that a module makes: the modules that it takes from the network's output on, in order.
+    made: dict[str, tuple[tuple[str, str], ...]] = {}
+    modules = read_modules(folder)
+    names = [module["name"] for module in modules if "name" in module]
+    if len({str(name) for name in names}) < len(names):  # the last one of a name takes the place of the first there
+        raise CheckpointError(f"modules.json: two modules have one name: {shown(names)}")
+    for module in modules:
+        kind, place = module_kind(module), module.get("path", "")
         where = inside(folder, place, "modules.json")
-        if found.get("normalize") and kind in ("Pooling", "Dense", "LayerNorm"):
-            raise CheckpointError(f"modules.json: {kind} after Normalize is not supported")
-        if kind == "Transformer":
-            continue
-        if kind == "Pooling" and not late:
-            found["pooling"] = _pooling(where)
-        elif kind == "Dense" or (kind == "LayerNorm" and not late):
-            found["dense"] = (*found.get("dense", ()), (kind, place))
-            found["scores"] = read_json(where / "config.json").get("module_output_name") == "scores"
+        if kind == "Transformer" and module is modules[0]:
+            made[settings.output] = ()
+        elif kind == "Pooling" and not late:
+            if any(step[0] == "Pooling" for step in _taken(made, "token_embeddings", kind, place)):
+                raise CheckpointError("modules.json: Pooling of what was pooled before is not supported")
+            made["sentence_embedding"] = (*made["token_embeddings"], (kind, place))
+        elif kind == "Dense":
+            source, target = _names(where, "token_embeddings" if late else "sentence_embedding")
+            made[target] = (*_taken(made, source, kind, place), (kind, place))
+        elif kind == "LayerNorm" and not late:
+            made["sentence_embedding"] = (*_taken(made, "sentence_embedding", kind, place), (kind, place))
+        elif kind == "Dropout" and not late:
+            _taken(made, "sentence_embedding", kind, place)  # nothing is dropped but in training
         elif kind == "Normalize":
-            found["normalize"] = True
+            source, target = _names(where, "sentence_embedding")
+            if source in made:  # else it does nothing there, either
+                made[target] = (*made[source], (kind, place))
         elif kind == "MultiVectorMask" and late:
             mask = read_json(where / "config.json")
         else:
-            raise CheckpointError(
-                f"modules.json: module {module.get('type')!r} is not supported; known: Transformer, Dense, Normalize, "
-                + ("MultiVectorMask" if late else "LayerNorm, Pooling")
-            )
-    own_path, own = _own_settings(network_folder(folder))
-    found |= {**_texts(path, texts, late), **_lengths(own_path, own)}
+            raise _unknown(module, late)
+    found |= {"model_type": model_type, **_texts(path, texts, late, model_type)}
+    found["scores"] = not late and bool(made.get("scores")) and model_type != "SentenceTransformer"
+    wanted = "token_embeddings" if late else "scores" if found["scores"] else "sentence_embedding"
+    if len(modules) > 1 and wanted not in made:
+        raise CheckpointError(f"modules.json: none of its modules makes {wanted!r}: is one missing, such as Pooling?")
+    steps = made.get(wanted, ())
+    if steps and not late:
+        kinds = [kind for kind, _ in steps]
+        if "Pooling" not in kinds:
+            raise CheckpointError(f"modules.json: {wanted!r} is made without Pooling, which is not supported")
+        pooled = kinds.index("Pooling")
+        found["pooling"] = _pooling(folder / steps[pooled][1])
+        found["on_tokens"], steps = steps[:pooled], steps[pooled + 1 :]
+    while steps and steps[-1][0] == "Normalize":
+        found["normalize"], steps = True, steps[:-1]
+    found["dense"] = steps
     if late:
         found["normalize"] = pylate or found.get("normalize", False)
         try:
-            found["late"] = _late(texts if pylate else {}, own, mask)
+            found["late"] = _late(texts if pylate else {}, settings.late, mask)
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from None
     return SentenceConfig(**found)
 
 
+def _unknown(module: Mapping[str, Any], late: bool) -> CheckpointError:
+    own = "" if module_kind(module) else " (a class of its own: a repository's code is never run)"
+    known = "Transformer, Dense, Normalize, " + ("MultiVectorMask" if late else "LayerNorm, Dropout, Pooling")
+    name = shown(module.get("type"))
+    return CheckpointError(f"modules.json: module {name}{own} is not supported; known: {known}")
+
+
+def _taken(
+    made: Mapping[str, tuple[tuple[str, str], ...]], name: str, kind: str, place: str
+) -> tuple[tuple[str, str], ...]:
+    if name not in made:
+        raise CheckpointError(f"modules.json: {kind} ({place}) works on {shown(name)}, which no module before it makes")
+    return made[name]
+
+
+def _names(folder: Path, default: str) -> tuple[str, str]:
+    """What a Dense or Normalize module works on, and what it makes."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    source, target = config.get("module_input_name", default), config.get("module_output_name")
+    target = source if target is None else target
+    if not isinstance(source, str) or not isinstance(target, str):
+        raise CheckpointError(
+            f"{path}: the module's input and output are {shown((source, target))}; they must be names"
+        )
+    return source, target
+
+
 def _pooling(folder: Path) -> Pooling:
     config = read_json(folder / "config.json")
+    if config.keys() - _POOLING_KEYS:
+        raise CheckpointError(
+            f"{folder}: Pooling's {shown(sorted(config.keys() - _POOLING_KEYS))} is not known; known: "
+            f"{', '.join(sorted(_POOLING_KEYS))}"
+        )
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for mode, key in _OLD_POOLING_KEYS.items() if config.get(key)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
     if not isinstance(modes, list) or not modes or any(mode not in list(POOLING) for mode in modes):
         raise CheckpointError(f"{folder}: pooling_mode {shown(modes)} is not supported; known: {', '.join(POOLING)}")
-    return Pooling(tuple(modes), config.get("include_prompt") is not False)
+    return Pooling(tuple(modes), bool(config.get("include_prompt", True)))
 
 
-def _texts(path: Path, config: dict[str, Any], late: bool) -> dict[str, Any]:
+def _texts(path: Path, config: dict[str, Any], late: bool, model_type: str | None) -> dict[str, Any]:
+    """What counts of config_sentence_transformers.json. `__version__` and `requirements` change no vector; nor does
+    `keep_in_fp32_modules`, since modules after the network compute in fp32 in any case."""
     prompts = config.get("prompts") or {}
+    if isinstance(prompts, dict):
+        prompts = {name: "" if text is None else text for name, text in prompts.items()}
     if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
         raise CheckpointError(f"{path}: prompts is {shown(prompts)}; it must map names to strings")
     prefixes = {task: config.get(f"{task}_prefix") or "" for task in ("query", "document") if late}
@@ -141,26 +237,43 @@ def _texts(path: Path, config: dict[str, Any], late: bool) -> dict[str, Any]:
         if text != text.encode(errors="replace").decode():
             raise CheckpointError(f"{path}: {shown(text)} is not valid Unicode")
     default = config.get("default_prompt_name")
-    if default is not None and default not in list(prompts):
+    # Encoders always have these two; a cross-encoder has its own prompts only.
+    usual = () if model_type == "CrossEncoder" else USUAL_PROMPTS
+    if default is not None and default not in [*prompts, *usual]:
         raise CheckpointError(
             f"{path}: default_prompt_name {shown(default)} is not among the prompts {shown(sorted(prompts))}"
         )
-    # PyLate's "MaxSim" and what an encoder had before it was trained for late interaction are the default there.
     known = LATE_SIMILARITIES if late else SIMILARITIES
     similarity = config.get("similarity_fn_name") or known[0]
-    if late and similarity not in known:
+    # What a model of the other kind was trained by (and in late interaction any other name, such as PyLate's "MaxSim")
+    # is passed over there, too.
+    if similarity not in known and (late or similarity in LATE_SIMILARITIES):
         similarity = known[0]
-    if similarity not in known:
-        raise CheckpointError(f"{path}: similarity_fn_name {shown(similarity)}; known: {', '.join(known)}")
+    cut = config.get("truncate_dim")
+    if cut is not None and (type(cut) is not int or cut < 1):
+        raise CheckpointError(f"{path}: truncate_dim is {shown(cut)}; it must be null or a whole number from 1")
     return {
         "prompts": prompts | {task: p + prompts.get(task, "").removeprefix(p) for task, p in prefixes.items()},
         "default_prompt_name": default,
-        "similarity_fn_name": similarity,
+        "similarity_fn_name": similarity_name(similarity, known, CheckpointError, f"{path}: "),
+        "truncate_dim": cut,
         "activation_fn": config.get("activation_fn"),
     }
 
 
-def _late(pylate: dict[str, Any], own: dict[str, Any], mask: dict[str, Any]) -> Late:
+def similarity_name(
+    value: object, known: tuple[str, ...], error: type[ValueError] = OptionError, where: str = ""
+) -> str:
+    """One of `known`, by its name, by that of sentence-transformers' function ("cos_sim"), or by a member of its
+    enumeration; None: the first of them. Raises `error` for anything else."""
+    name = known[0] if value is None else getattr(value, "value", value)
+    name = _SIMILARITY_ALIASES.get(name, name) if isinstance(name, str) else name
+    if name not in list(known):
+        raise error(f"{where}similarity_fn_name is {shown(value)}; known: {', '.join(known)}")
+    return str(name)
+
+
+def _late(pylate: dict[str, Any], own: Mapping[str, Any], mask: dict[str, Any]) -> Late:
     """pylate: config_sentence_transformers.json, if PyLate wrote it; own: the network's file, where
     sentence-transformers has the same; mask: of the module MultiVectorMask."""
     get = Reader({**pylate, **own})
@@ -200,49 +313,49 @@ def _length(get: Reader, key: str) -> int | None:
     return None if get.raw.get(key) is None else get.whole(key, 1)
 
 
-def _own_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """sentence_bert_config.json, or its older names (sentence_roberta_config.json ..)."""
-    for path in sorted(folder.glob("sentence_*_config.json")):
-        return path, read_json(path)
-    return folder, {}
-
-
-def _lengths(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    length = config.get("max_seq_length")
-    if length is not None and (type(length) is not int or not 0 < length < 1 << 31):
-        raise CheckpointError(f"{path}: max_seq_length is {shown(length)}; it must be null or from 1 to 2^31 - 1")
-    return {"max_seq_length": length, "lower_case": bool(config.get("do_lower_case"))}
-
-
 def length_limit(sentence: SentenceConfig, folder: Path, max_position_embeddings: int) -> int:
     """The repository's own limit, else the smaller of the tokenizer's (1e30 in some) and the model's."""
-    if sentence.max_seq_length is not None:
-        return sentence.max_seq_length
-    limit = optional_json(folder / "tokenizer_config.json", MAX_TOKENIZER_JSON_BYTES).get("model_max_length")
+    if sentence.settings.max_seq_length is not None:
+        return sentence.settings.max_seq_length
+    stored = optional_json(folder / "tokenizer_config.json", MAX_TOKENIZER_JSON_BYTES)
+    limit = stored.get("model_max_length", stored.get("max_len"))  # its older name
     if isinstance(limit, (int, float)) and 0 < limit < max_position_embeddings:
         return int(limit)
     return max_position_embeddings
 
 
 def score_activation(name: object, error: type[ValueError] = CheckpointError) -> Callable[[Tensor], Tensor]:
-    """An activation by its dotted torch name ("torch.nn.modules.activation.Sigmoid") or its last part."""
+    """An activation that a file names as a class of torch ("torch.nn.modules.activation.Sigmoid"), or, with another
+    error than CheckpointError, that a user names, also by the last part in any case ("sigmoid").
+
+    A file's name without "torch." in front means no class: sentence-transformers warns and takes its default.
+    """
     text = "Identity" if name is None else name if isinstance(name, str) else ""
-    last = text.rpartition(".")[2].lower()
-    known = {key.lower(): function for key, function in _ACTIVATIONS.items()}
-    if last not in known or ("." in text and not text.startswith("torch.")):
-        raise error(f"activation function {shown(name)} is not supported; known: {', '.join(_ACTIVATIONS)}")
+    place, _, last = text.rpartition(".")
+    known = _ACTIVATIONS
+    if not place and (error is not CheckpointError or name is None):
+        known, last = {key.lower(): function for key, function in _ACTIVATIONS.items()}, last.lower()
+    elif place not in _ACTIVATION_PLACES:
+        known = {}
+    if last not in known:
+        raise error(
+            f"activation function {shown(name)} is not supported; known: {', '.join(_ACTIVATIONS)}"
+            + (", of torch.nn, as in 'torch.nn.ReLU'" if error is CheckpointError else "")
+        )
     return known[last]
 
 
 class Dense:
-    """A linear layer on sentence vectors, or, in late interaction, on tokens': (B, in) -> (B, out), fp32."""
+    """A linear layer on sentence vectors, or on tokens': (B, in) -> (B, out), fp32."""
 
-    def __init__(self, folder: Path, device: torch.device, on: str = "sentence_embedding"):
+    def __init__(self, folder: Path, device: torch.device):
         config = read_json(folder / "config.json")
-        if config.get("module_input_name") not in (None, on):
-            raise CheckpointError(f"{folder}: this Dense works on {shown(config['module_input_name'])}, not on {on!r}")
         # sentence-transformers' default, where the key is absent, is Tanh.
-        self.activation = score_activation(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+        name = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+        try:
+            self.activation = score_activation(name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
         sizes = config.get("in_features"), config.get("out_features")
         self.residual = bool(config.get("use_residual"))
         expected: dict[str, tuple[Any, ...]] = {"linear.weight": (sizes[1], sizes[0])}
@@ -273,21 +386,33 @@ class Norm:
         return nn.functional.layer_norm(x, x.shape[-1:], self.tensors["norm.weight"], self.tensors["norm.bias"])
 
 
+class Unit:
+    """A Normalize before other modules: (B, C) -> (B, C), rows of unit length."""
+
+    def __init__(self, width: int):
+        self.in_features = self.out_features = width
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return normalize(x)
+
+
 def on_vectors(
-    root: Path, modules: Iterable[tuple[str, str]], width: int, device: torch.device, on: str = "sentence_embedding"
-) -> list[Dense | Norm]:
-    """The modules that change pooled vectors of `width`, or `on` tokens'. Raises CheckpointError for one that gets
-    another width."""
-    made: list[Dense | Norm] = []
+    root: Path, modules: Iterable[tuple[str, str]], width: int, device: torch.device
+) -> list[Dense | Norm | Unit]:
+    """The modules that change vectors of `width`. Raises CheckpointError for one that gets another width."""
+    made: list[Dense | Norm | Unit] = []
     for kind, path in modules:
-        made.append(Norm(root / path, device) if kind == "LayerNorm" else Dense(root / path, device, on))
+        if kind == "Normalize":
+            made.append(Unit(width))
+        else:
+            made.append(Norm(root / path, device) if kind == "LayerNorm" else Dense(root / path, device))
         if made[-1].in_features != width:
             raise CheckpointError(f"{path}: in_features is {made[-1].in_features}; it gets {width}")
         width = made[-1].out_features
     return made
 
 
-def finish(x: Tensor, dense: Sequence[Dense | Norm], unit: bool, truncate_dim: int | None) -> Tensor:
+def finish(x: Tensor, dense: Sequence[Dense | Norm | Unit], unit: bool, truncate_dim: int | None) -> Tensor:
     """Pooled (B, C) -> what the user gets: Dense layers, then cut to truncate_dim, then normalise."""
     for layer in dense:
         x = layer(x)

@@ -75,6 +75,7 @@ class Tokenizer:
         files = read_tokenizer(folder, settings)
         self._rust = files.rust
         self.names, self.padding_side = files.names, files.padding_side
+        self._special_ids = frozenset(map(self._rust.token_to_id, (*files.names.values(), *files.extra)))
         self._keeps_beginning, self._cleans_up = files.truncation_side == "right", files.cleans_up
         with no_panic(f"{folder / 'tokenizer.json'} can't be read"):
             own = self._rust.normalizer
@@ -161,11 +162,12 @@ class Tokenizer:
         return ids, types, cut
 
     def prompt_length(self, prompt: str) -> int:
-        """Tokens that a prompt takes at the start of a text, the template's first ones included."""
+        """Tokens that don't count where a prompt isn't pooled: those of the prompt as a text of its own, but not the
+        last one if that is a special token, whether of the template's end or of the prompt's. That is
+        sentence-transformers' rule: a model was trained with it."""
         check_unicode(prompt, "the prompt")
-        with no_panic("the prompt can't be tokenized"):
-            before = [item for item, _ in self._single].index(~0)
-            return before + len(self._rust.encode(prompt, add_special_tokens=False).ids)
+        ids = self.encode([prompt])[0][0]
+        return len(ids) - (ids[-1] in self._special_ids)
 
     def id_of(self, token: str) -> int | None:
         """Of a token as the vocabulary spells it; None for one that isn't in it."""

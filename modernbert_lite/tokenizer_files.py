@@ -65,6 +65,7 @@ class TokenizerFiles:
 
     rust: RustTokenizer  # without truncation and padding
     names: Mapping[str, str]  # "mask_token" -> "[MASK]": the special tokens that the files name
+    extra: tuple[str, ...]  # special tokens that they list without a name
     truncation_side: str
     padding_side: str
     gives_types: bool  # whether a network gets token types
@@ -224,6 +225,7 @@ def _apply(
     return TokenizerFiles(
         rust,
         {key: str(token) for key, token in named.items() if token is not None},
+        tuple(map(str, extra)),
         **sides,
         gives_types="token_type_ids" in asked,
         cleans_up=bool(clean),

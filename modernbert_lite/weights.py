@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,6 +59,7 @@ _NEEDED_PATTERNS = [
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TABLES = ("tok_embeddings.weight", "word_embeddings.weight")
 _MAX_HEADER_BYTES = 16 << 20
+_LIBRARIES = ("sentence_transformers.", "pylate.")
 
 
 def load_model(
@@ -222,8 +223,8 @@ def _is_complete(folder: Path, repo: str) -> bool:
             for name in _names(folder)
         ):
             return False
-        with_files = (".Pooling", ".Dense", ".LayerNorm", ".MultiVectorMask")
-        parts = [m.get("path") for m in read_modules(folder) if str(m.get("type")).endswith(with_files)]
+        with_files = ("Pooling", "Dense", "LayerNorm", "MultiVectorMask")
+        parts = [m.get("path") for m in read_modules(folder) if module_kind(m) in with_files]
         return all(is_there(inside(folder, path, "modules.json") / "config.json") for path in parts)
     except CheckpointError:  # a file is damaged: a link to a blob that is gone is mended by the client
         return False
@@ -244,7 +245,7 @@ def network_folder(folder: Path) -> Path:
 
 
 def _network(folder: Path) -> Path:
-    paths = [m.get("path", "") for m in read_modules(folder) if str(m.get("type")).endswith(".Transformer")]
+    paths = [m.get("path", "") for m in read_modules(folder) if module_kind(m) == "Transformer"]
     return inside(folder, paths[0], "modules.json") if paths else folder
 
 
@@ -261,9 +262,16 @@ def read_modules(folder: Path) -> list[dict[str, Any]]:
     if not is_there(path):
         return []
     modules: list[dict[str, Any]] = read_json(path)
-    if not all(isinstance(module, dict) for module in modules):
-        raise CheckpointError(f"{path} must hold a list of objects")
+    if not modules or not all(isinstance(module, dict) for module in modules):
+        raise CheckpointError(f"{path} must hold a list of objects, one at least")
     return modules
+
+
+def module_kind(module: Mapping[str, Any]) -> str:
+    """The class of a module: "Pooling" of "sentence_transformers.models.Pooling". "" for a class of anybody else than
+    sentence-transformers and PyLate: whatever its name, it is a repository's own code, which is never run."""
+    name = module.get("type")
+    return name.rpartition(".")[2] if isinstance(name, str) and name.startswith(_LIBRARIES) else ""
 
 
 def weight_files(folder: Path) -> list[Path]:

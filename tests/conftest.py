@@ -100,6 +100,41 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
     return make
 
 
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make("ModernBertModel", ends=True, **config) -> a folder of its own, cheap to open in any library: 2 layers of
+    width 32 with fixed random weights, and the bundled model's tokenizer without its normalizer (it keeps case).
+
+    ends: whether the tokenizer's template puts [SEP] behind a text.
+    """
+    sources: dict[str, Path] = {}
+
+    def make(architecture: str = "ModernBertModel", *, ends: bool = True, **config: Any) -> Path:
+        import torch
+        import transformers
+
+        key = repr((architecture, ends, config))
+        if key not in sources:
+            source = sources[key] = tmp_path_factory.mktemp("source")
+            torch.manual_seed(0)
+            small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+            ids = {"vocab_size": 16384, "cls_token_id": 1, "sep_token_id": 2, "pad_token_id": 3, "local_attention": 16}
+            wide = {"initializer_range": 0.2, "initializer_cutoff_factor": 3.0}
+            hf_config = transformers.ModernBertConfig(**{**small, **ids, **wide, **config})
+            randomize(getattr(transformers, architecture)(hf_config)).save_pretrained(source)
+            for path in TINY.glob("*token*"):
+                shutil.copy(path, source)
+            raw = json.loads((source / "tokenizer.json").read_text())
+            raw["normalizer"] = None
+            for kind in () if ends else ("single", "pair"):
+                parts = raw["post_processor"][kind]
+                raw["post_processor"][kind] = [p for p in parts if p.get("SpecialToken", {}).get("id") != "[SEP]"]
+            (source / "tokenizer.json").write_text(json.dumps(raw))
+        return Path(shutil.copytree(sources[key], tmp_path_factory.mktemp("small") / "model"))
+
+    return make
+
+
 def write_sentence_files(
     folder: Path,
     *,

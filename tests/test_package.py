@@ -108,7 +108,7 @@ def test_star_import():
 LAYERS = [
     {"reading", "batch"},
     {"rope_config"},
-    {"config", "foreign"},
+    {"config", "foreign", "prompts", "st_settings"},
     {"rotary"},
     {"ops", "threads"},
     {"linear", "pooling"},

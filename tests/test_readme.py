@@ -44,8 +44,9 @@ def sparse_gte(folder: Path) -> Path:
     for path in (Path(__file__).parent / "data" / "modernbert-tokenizer").iterdir():
         if path.name != "config.json":
             shutil.copy(path, folder)
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     (folder / "modules.json").write_text(
-        json.dumps([{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}])
+        json.dumps([{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules])
     )
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')

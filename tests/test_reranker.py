@@ -102,7 +102,7 @@ def test_the_checkpoint_names_its_activation(folders, tmp_path, where):
     assert np.abs(model.predict(PAIRS) - expected).max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["os.system", "Softplus", "evil.module.Sigmoid"])
+@pytest.mark.parametrize("name", ["os.system", "PReLU", "evil.module.Sigmoid"])
 def test_an_unknown_activation_is_refused(one, name):
     with pytest.raises(ml.OptionError, match=f"activation function '{name}' is not supported; known: Identity, Sigm"):
         one.predict(PAIRS, activation_fn=name)

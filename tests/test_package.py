@@ -116,6 +116,7 @@ LAYERS = [
     {"heads", "names"},
     {"weights"},
     {"tokenizer", "st_config"},
+    {"inputs"},
     {"pipeline", "writers"},
     {"embedder", "reranker", "fill_mask", "late_interaction"},
     {"describe"},

@@ -12,8 +12,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
-from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -378,51 +379,43 @@ def on_host(rows: Tensor, values: Tensor | None = None) -> Iterator[Tensor | Non
     return (row if fine else None for row, fine in zip(host, finite, strict=True))
 
 
-class _Started(Generic[Result]):
-    """function(item) in a thread; at once, where none can be started: at the interpreter's end, or at a limit."""
-
-    def __init__(self, function: Callable[[Item], Result], item: Item):
-        self.values: list[Result] = []
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._call, args=(function, item), name="modernbert-lite: tokenizing")
-        try:
-            self.thread.start()
-        except RuntimeError:
-            self._call(function, item)
-
-    def _call(self, function: Callable[[Item], Result], item: Item) -> None:
-        try:
-            self.values.append(function(item))
-        except BaseException as error:  # noqa: BLE001  it is raised where the result is asked for
-            self.error = error
-
-    def end(self) -> None:
-        if self.thread.ident is not None:
-            self.thread.join()
-
-    def result(self) -> Result:
-        self.end()
-        if self.error is not None:
-            raise self.error
-        return self.values[0]
-
-
 def _one_ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result]:
     """function(item) of each; while the caller works on one, a thread makes the next. Closed, it leaves no thread.
 
-    No pool: concurrent.futures refuses work once the main thread has ended, though others go on."""
-    if len(items) < 2:
+    A plain thread: a pool takes no more work once the main thread has ended, though other threads go on."""
+    wanted, stopped = threading.Semaphore(), threading.Event()
+    made: SimpleQueue[Result | BaseException] = SimpleQueue()
+
+    def work() -> None:
+        for item in items:
+            wanted.acquire()
+            if stopped.is_set():
+                return
+            try:
+                made.put(function(item))
+            except BaseException as error:  # noqa: BLE001  it is raised where the result is taken
+                made.put(error)
+
+    thread = threading.Thread(target=work, name="modernbert-lite: tokenizing")
+    try:
+        if len(items) > 1:
+            thread.start()
+    except RuntimeError:  # none can be started: at the interpreter's end, or at a limit of the system
+        pass
+    if thread.ident is None:
         yield from map(function, items)
         return
-    made = _Started(function, items[0])
     try:
-        for item in items[1:]:
-            result = made.result()
-            made = _Started(function, item)
+        for _ in items:
+            result = made.get()
+            wanted.release()
+            if isinstance(result, BaseException):
+                raise result
             yield result
-        yield made.result()
     finally:
-        made.end()
+        stopped.set()
+        wanted.release()
+        thread.join()
 
 
 def _one_behind(items: Iterator[Item]) -> Iterator[Item]:

@@ -169,11 +169,12 @@ class Embedder(Pipeline):
             if len(a) and len(b):
                 raise ValueError(f"embeddings have {a.shape[1]} and {b.shape[1]} dimensions; they must have the same")
             return np.zeros((len(a), len(b)), np.float32)
-        if self.similarity_fn_name == "cosine":
-            return (pooling.normalize(a) @ pooling.normalize(b).T).numpy()
-        if self.similarity_fn_name == "dot":
-            return (a @ b.T).numpy()
-        return -torch.cdist(a, b, p=2.0 if self.similarity_fn_name == "euclidean" else 1.0).numpy()
+        with torch.autocast("cpu", enabled=False):  # around this call there may be one
+            if self.similarity_fn_name == "cosine":
+                return (pooling.normalize(a) @ pooling.normalize(b).T).numpy()
+            if self.similarity_fn_name == "dot":
+                return (a @ b.T).numpy()
+            return -torch.cdist(a, b, p=2.0 if self.similarity_fn_name == "euclidean" else 1.0).numpy()
 
     def _encode_as(self, names: tuple[str, ...], sentences: str | Iterable[str], kwargs: dict[str, Any]) -> np.ndarray:
         if kwargs.get("prompt") is None and kwargs.get("prompt_name") is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, ParamSpec, TypeGuard
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from .batch import PackedBatch, constant
 from .config import Rope
-from .reading import OptionError
+from .reading import OptionError, warn
 from .rotary import cached, position_table, rope_table
 
 if TYPE_CHECKING:
@@ -86,10 +85,9 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def _warn_of_no_gpu(device: str) -> None:
-    warnings.warn(
+    warn(
         f"MODERNBERT_LITE_BACKEND is 'triton', but its kernels need a GPU, and this tensor is on {device!r}; using "
         "torch. (To have them interpreted, slowly, set TRITON_INTERPRET=1 before Python starts)",
-        stacklevel=4,
     )
 
 

@@ -7,13 +7,11 @@ import inspect
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from types import FrameType
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
@@ -24,7 +22,7 @@ from .config import Config, GteConfig, read_config
 from .graphs import MAX_TOKENS, Graphed
 from .heads import use
 from .inputs import brief, check_text, keeping, length, listed
-from .reading import CheckpointError, OptionError, shown, whole_number
+from .reading import CheckpointError, OptionError, shown, warn, whole_number
 from .st_config import SentenceConfig, length_limit, read_sentence_config
 from .threads import bound_tokenizer, set_threads
 from .tokenizer import Text, Tokenizer
@@ -176,16 +174,18 @@ class Pipeline:
             )
             if sys.stderr is not None:  # which print would take for standard output
                 print(note, file=_Lenient(sys.stderr))
-        return cls(
-            Checkpoint.find(path_or_id, revision=revision, token=token, local_files_only=local_files_only),
-            device=device,
-            dtype=dtype,
-            max_seq_length=max_seq_length,
-            batch_tokens=batch_tokens,
-            on_long=on_long,
-            cuda_graphs=cuda_graphs,
-            **own,
-        )
+        checkpoint = Checkpoint.find(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
+        with torch.autocast("cpu", enabled=False):  # around this call there may be one
+            return cls(
+                checkpoint,
+                device=device,
+                dtype=dtype,
+                max_seq_length=max_seq_length,
+                batch_tokens=batch_tokens,
+                on_long=on_long,
+                cuda_graphs=cuda_graphs,
+                **own,
+            )
 
     def __init__(
         self,
@@ -362,7 +362,8 @@ class Pipeline:
                 )
 
     def _not_finite(self, text: Text, i: int) -> ValueError:
-        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        *_, last = self.model.parameters()  # the first one may be a table that is kept as it is stored
+        dtype = str(last.dtype).removeprefix("torch.")
         advice = {
             "float16": "its largest number is 65504: load the model with dtype='float32' or 'bfloat16'",
             "bfloat16": "load the model with dtype='float32'",
@@ -428,37 +429,8 @@ def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
     yield from kept
 
 
-def warn(message: str, only_as_error: bool = False) -> None:
-    """A UserWarning that points at the first caller outside this package. only_as_error: nothing, unless it raises."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
-        level, frame = level + 1, frame.f_back
-    if only_as_error and not _raises(message, frame):
-        return
-    try:
-        warnings.warn(message, stacklevel=level)
-    except UserWarning:
-        raise
-    except Exception:  # noqa: BLE001  a stderr that is closed is no reason to lose the work
-        return
-
-
 def _were_cut(count: int, of: int, max_length: int) -> str:
     return f"{count} of {of} texts were longer than {max_length} tokens and were cut"
-
-
-def _raises(message: str, frame: FrameType) -> bool:
-    """Whether a UserWarning of this message is an error there, by the filters, of which the first that fits counts."""
-    module = frame.f_globals.get("__name__") or "<unknown>"
-    for action, text, category, place, line in warnings.filters:
-        if (
-            issubclass(UserWarning, category)
-            and (text is None or text.match(message))
-            and (place is None or place.match(module))
-            and line in (0, frame.f_lineno)
-        ):
-            return action == "error"
-    return False
 
 
 def _characters(text: Text) -> int:

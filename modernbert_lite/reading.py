@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import operator
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from types import FrameType
 from typing import Any
 
 MAX_JSON_BYTES = 1 << 20
@@ -32,6 +34,40 @@ class OptionError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing something, is damaged, or asks for what this package can't do."""
+
+
+def warn(message: str, only_as_error: bool = False) -> None:
+    """A UserWarning that points at what called this package. only_as_error: nothing, unless it raises.
+
+    What stderr does with it can't fail the work that it is about."""
+    frame, depth, caller, level = sys._getframe(), 1, sys._getframe(), 1
+    while frame.f_back is not None:
+        depth += 1
+        if frame.f_globals.get("__package__") == __package__:
+            caller, level = frame.f_back, depth
+        frame = frame.f_back
+    if only_as_error and not _raises(message, caller):
+        return
+    try:
+        warnings.warn(message, stacklevel=level)
+    except UserWarning:
+        raise
+    except Exception:  # noqa: BLE001  whatever a stream that is closed, or none, raises
+        return
+
+
+def _raises(message: str, frame: FrameType) -> bool:
+    """Whether a UserWarning of this message is an error there, by the filters, of which the first that fits counts."""
+    module = frame.f_globals.get("__name__") or "<unknown>"
+    for action, text, category, place, line in warnings.filters:
+        if (
+            issubclass(UserWarning, category)
+            and (text is None or text.match(message))
+            and (place is None or place.match(module))
+            and line in (0, frame.f_lineno)
+        ):
+            return action == "error"
+    return False
 
 
 def whole_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +17,7 @@ from .heads import MaskedLM, network_class
 from .linear import Linear
 from .names import Source, match
 from .ops import backend, pack_weight
-from .reading import CheckpointError, OptionError, inside, read_json
+from .reading import CheckpointError, OptionError, inside, read_json, warn
 from .threads import set_threads, survive_forks
 
 BUNDLED = "tiny"
@@ -162,7 +161,7 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
         return folder
     except Exception as error:  # noqa: BLE001  the hub's clients raise errors of several libraries
         if cached is not None and _has_weights(cached):
-            warnings.warn(f"the hub could not be reached; using what the cache has of {repo}", stacklevel=5)
+            warn(f"the hub could not be reached; using what the cache has of {repo}")
             return cached
         why = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(

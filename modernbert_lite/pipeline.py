@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 import sys
 import threading
@@ -376,8 +377,11 @@ def on_host(rows: Tensor, values: Tensor | None = None) -> Iterator[Tensor | Non
     for the device when it is read."""
     host = rows.cpu()
     checked = host if values is None else values.cpu()
+    if math.isfinite(checked.sum()):  # one pass; a sum may overflow where no number does
+        yield from host
+        return
     finite = checked.isfinite().reshape(len(checked), -1).all(1).tolist()
-    return (row if fine else None for row, fine in zip(host, finite, strict=True))
+    yield from (row if fine else None for row, fine in zip(host, finite, strict=True))
 
 
 def _one_ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result]:

@@ -58,18 +58,17 @@ def closed():
 STREAMS = {"None": lambda: None, "closed": closed, "full": Raising, "no isatty": Bare, "odd": Odd}
 
 
-@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.parametrize("show", [None, True, False])
 def test_encode_gives_its_vectors_whatever_stderr_is(model, monkeypatch, name, show):
     expected = model.encode(TEXTS)
     model.max_seq_length = 20
-    monkeypatch.setattr(warnings, "showwarning", warnings._showwarning_orig)  # as outside pytest: onto stderr
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        # Not pytest's, which only keeps them. Python's own is silent for None and OSError, but not for what is closed.
+        patch.setattr(warnings, "showwarning", lambda message, *_: sys.stderr.write(str(message)))
         patch.setattr(sys, "stderr", STREAMS[name]())
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            vectors = model.encode(TEXTS, show_progress_bar=show)
+        vectors = model.encode(TEXTS, show_progress_bar=show)
     assert np.abs(vectors[:3] - expected[:3]).max() <= 1e-5
     assert vectors.shape == (4, 384)
 
@@ -116,7 +115,7 @@ def test_a_warning_that_is_an_error_comes_before_the_work(model, monkeypatch, ho
     with warnings.catch_warnings():
         warnings.resetwarnings()
         warnings.simplefilter("error", **how)
-        with pytest.raises(UserWarning, match="^1 of 4 texts were longer than 9 tokens and were cut") as caught:
+        with pytest.raises(UserWarning, match=r"^1 of 4 texts were longer than 9 tokens and were cut") as caught:
             model.encode(TEXTS)
     assert not calls
     assert len(caught.value.finished) == 0
@@ -150,7 +149,7 @@ def test_the_first_filter_that_fits_counts(model, action):
 LATE = """
 import atexit, sys, threading, time
 from modernbert_lite import Embedder
-model = Embedder.from_pretrained("tiny", device="cpu")
+model = Embedder.from_pretrained("tiny", device="cpu", max_seq_length=9)
 small, large = ["a text"] * 3, ["text number %d " % i * 60 for i in range(120)]
 def work():
     time.sleep(0.3)
@@ -165,7 +164,8 @@ else:
 
 @pytest.mark.parametrize("how", ["thread", "atexit"])
 def test_work_goes_on_after_the_main_thread_has_ended(how):
-    done = subprocess.run([sys.executable, "-W", "error", "-c", LATE, how], capture_output=True, text=True, timeout=90)
+    command = [sys.executable, "-W", "error", "-W", "ignore::UserWarning", "-c", LATE, how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
     assert (done.stdout, done.stderr) == ("(3, 384)\n(120, 384)\n", "")
 
 
@@ -178,3 +178,13 @@ def test_where_no_thread_can_be_started_none_is_needed(model, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", start)
     assert np.abs(model.encode(TEXTS) - expected).max() <= 1e-5
+
+
+def test_a_warning_from_within_points_at_the_caller(model):
+    """Also where frames of torch lie between."""
+    from modernbert_lite.reading import warn
+
+    model.model.register_forward_hook(lambda *_: warn("from a hook"))
+    with pytest.warns(UserWarning, match="from a hook") as seen:
+        model.encode("a")
+    assert seen[0].filename == __file__

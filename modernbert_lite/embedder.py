@@ -158,7 +158,7 @@ class Embedder(Pipeline):
                     largest[token] = max(weight, largest.get(token, 0.0))
             return largest
 
-        results = [weigh(*row) for row in self.rows(texts, forward, show_progress_bar)]
+        results = self.rows(texts, forward, show_progress_bar, lambda rows: [weigh(*row) for row in rows])
         return results[0] if single else results
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> np.ndarray:

@@ -304,14 +304,15 @@ class Pipeline:
         texts: Iterable[Text],
         forward: Callable[[PackedBatch], Any],
         show_progress_bar: bool | None,
+        made: Callable[[list[Any]], Any] = list,
         **limits: Any,
-    ) -> list[Any]:
-        """The results of `run` in one list. An error carries those that were finished, see `keeping`."""
+    ) -> Any:
+        """What is `made` of all results of `run`. An error carries that of those that were finished, see `keeping`."""
         rows: list[Any] = []
-        with keeping(lambda: rows, texts):
+        with keeping(lambda: made(rows), texts):
             for block in self.run(texts, forward, show_progress_bar, length(texts), **limits):
                 rows += block
-        return rows
+        return made(rows)
 
     def _batches(
         self, window: list[Text], first: int, forward: Callable[[PackedBatch], Any], max_length: int, batch_tokens: int

@@ -70,9 +70,11 @@ class Reranker(Pipeline):
                 scores = torch.softmax(scores, -1)
             return on_host(scores, logits)  # a sigmoid hides an infinite one
 
-        rows = self.rows(given, forward, show_progress_bar)
-        shape = () if len(self.labels) == 1 else (len(self.labels),)
-        scores = torch.stack(rows).numpy() if rows else np.empty((0, *shape), np.float32)
+        def made(rows: list[Tensor]) -> np.ndarray:
+            shape = () if len(self.labels) == 1 else (len(self.labels),)
+            return torch.stack(rows).numpy() if rows else np.empty((0, *shape), np.float32)
+
+        scores: np.ndarray = self.rows(given, forward, show_progress_bar, made)
         return scores[0] if single else scores
 
     @keyworded

@@ -292,6 +292,17 @@ def test_an_iterable_s_bad_item_costs_nothing_that_was_finished(models, monkeypa
         assert ("`stream` gives rows as they are ready" in str(caught.value)) == (way in ("encode", "encode_query"))
 
 
+def test_scores_that_were_finished_are_kept_as_they_would_be_given(models, monkeypatch):
+    from modernbert_lite import pipeline
+
+    monkeypatch.setattr(pipeline, "_WINDOW_TEXTS", 2)
+    pairs = [("q", text) for text in TEXTS]
+    with pytest.raises(TypeError, match=r"pair 5 is int \(7\); .* \(4 rows were finished") as caught:
+        models["reranker"].predict(iter([*pairs, 7]))
+    assert np.abs(caught.value.finished - models["reranker"].predict(pairs[:4])).max() <= 1e-5
+    assert caught.value.finished.dtype == np.float32
+
+
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyboardInterrupt("stop"), KeyError("row")])
 def test_an_iterable_s_own_error_comes_as_it_is_with_what_was_finished(tiny, monkeypatch, error):
     from modernbert_lite import pipeline

@@ -136,7 +136,7 @@ class LateInteraction(Pipeline):
         if self.padded_length:  # batches are planned before it, and no query is shorter than the prompt alone
             shortest = len(self.tokenizer.encode([self.prompts["query"]], 0, self.query_length)[0][0])
             batch_tokens = max(1, batch_tokens * shortest // max(shortest, self.padded_length))
-        limits = {"max_length": self.query_length, "batch_tokens": batch_tokens}
+        limits: dict[str, Any] = {"max_length": self.query_length, "batch_tokens": batch_tokens}
         return self._encode("query", texts, show_progress_bar, **limits)
 
     @keyworded
@@ -156,7 +156,7 @@ class LateInteraction(Pipeline):
             scores /= np.array([len(query) for query in asked], np.float32)[:, None]
         return scores
 
-    def _encode(self, task: str, texts: str | Iterable[str], show_progress_bar: bool | None, **limits: int) -> Any:
+    def _encode(self, task: str, texts: str | Iterable[str], show_progress_bar: bool | None, **limits: Any) -> Any:
         given, single = listed(texts, "texts", lambda text, i: self.prompts[task] + check_text(text, i))
         pads = task == "query" and self.padded_length > 0
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,12 +65,12 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def pack(
-    sequences: Iterable[Sequence[int] | Tensor],
+    sequences: Iterable[Sequence[int] | np.ndarray | Tensor],
     device: torch.device | str | None = None,
-    token_type_ids: Iterable[Sequence[int] | Tensor] | None = None,
+    token_type_ids: Iterable[Sequence[int] | np.ndarray | Tensor] | None = None,
 ) -> PackedBatch:
-    """Sequences of token ids (lists or 1-D integer tensors, empty ones allowed) -> one PackedBatch. token_type_ids: of
-    the same lengths, for models that tell the two texts of a pair apart.
+    """Sequences of token ids (lists, 1-D integer tensors or arrays, empty ones allowed) -> one PackedBatch.
+    token_type_ids: of the same lengths, for models that tell the two texts of a pair apart.
 
     Raises ValueError for ids that are not whole numbers or are negative, naming the sequence, and for other lengths.
     """
@@ -88,10 +89,14 @@ def pack(
     return batch if device is None else batch.to(device)
 
 
-def _join(sequences: Iterable[Sequence[int] | Tensor], name: str, kind: str) -> tuple[Tensor, tuple[int, ...], int]:
+def _join(
+    sequences: Iterable[Sequence[int] | np.ndarray | Tensor], name: str, kind: str
+) -> tuple[Tensor, tuple[int, ...], int]:
     """End to end, (T,) int64, with the lengths and the largest number (-1 if T is 0)."""
     parts = []
     for i, sequence in enumerate(sequences):
+        if isinstance(sequence, np.ndarray) and sequence.dtype.kind in "iu":  # of any size, byte order, read-only too
+            sequence = sequence.astype(np.int64)
         try:
             part = torch.as_tensor(sequence)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:

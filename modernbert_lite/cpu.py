@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import platform
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -18,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .reading import warn
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _ROWS = 512  # of activations that are quantised and multiplied at a time: what lies between stays in the caches
@@ -245,7 +246,7 @@ def works(dtype: torch.dtype) -> bool:
     try:
         if not _supported(dtype):
             name = str(dtype).removeprefix("torch.")
-            warnings.warn(f"this CPU has no fast {name} products; float32 or int8 may be faster", stacklevel=2)
+            warn(f"this CPU has no fast {name} products; float32 or int8 may be faster")
             return False
         x16, other16, bias16 = x.to(dtype), other.to(dtype), bias.to(dtype)
         packed = pack(weight.to(dtype)).parts[0]
@@ -259,10 +260,10 @@ def works(dtype: torch.dtype) -> bool:
         tolerance = 1e-5 if dtype == torch.float32 else 0.1
         same = all(torch.allclose(got.float(), expected, atol=tolerance) for got, expected in results)
     except (AttributeError, RuntimeError, TypeError) as error:
-        warnings.warn(f"this torch has no usable oneDNN linear ({error}); using F.linear", stacklevel=2)
+        warn(f"this torch has no usable oneDNN linear ({error}); using F.linear")
         return False
     if not same:
-        warnings.warn("this torch's oneDNN linear gives other numbers than F.linear; using F.linear", stacklevel=2)
+        warn("this torch's oneDNN linear gives other numbers than F.linear; using F.linear")
     return same
 
 
@@ -291,10 +292,10 @@ def int8_works() -> bool:
         exact = torch.equal(_int8_product(numbers, packed), expected.float())
         exact = exact and torch.equal(packed.dense(), weight.float())
     except (AttributeError, RuntimeError, TypeError) as error:
-        warnings.warn(f"this torch has no usable oneDNN int8 linear ({error}); int8 is slow here", stacklevel=2)
+        warn(f"this torch has no usable oneDNN int8 linear ({error}); int8 is slow here")
         return False
     if not exact:
-        warnings.warn("this CPU's oneDNN int8 linear isn't exact; int8 is slow here", stacklevel=2)
+        warn("this CPU's oneDNN int8 linear isn't exact; int8 is slow here")
     return exact
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from . import pooling
 from .batch import PackedBatch
 from .heads import GteTokenClassifier, encoder_class
-from .pipeline import Checkpoint, Pipeline, check_text, length, listed, warn
+from .inputs import Given, keeping, length, listed
+from .pipeline import Checkpoint, Pipeline, keyworded, warn
 from .pooling import PRECISIONS, quantize_embeddings
 from .prompts import Prompted
-from .reading import CheckpointError, OptionError, shown
+from .reading import CheckpointError, OptionError, whole_number
 from .st_config import SIMILARITIES, USUAL_PROMPTS, Pooling, finish, on_vectors, similarity_name
 from .weights import BUNDLED
 
@@ -79,6 +80,7 @@ class Embedder(Prompted, Pipeline):
     def similarity_fn_name(self, value: Any) -> None:
         self._similarity_fn_name = similarity_name(value, SIMILARITIES)
 
+    @keyworded
     def encode(
         self,
         sentences: str | Iterable[str],
@@ -97,13 +99,15 @@ class Embedder(Prompted, Pipeline):
         prompt: put before every text; or prompt_name, one of `prompts`; neither: the repository's default.
         normalize_embeddings: unit length (some repositories always do). truncate_dim: the first so many numbers, cut
         before normalising. precision, ranges: see `quantize_embeddings`. show_progress_bar: None shows one on a
-        terminal. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode.
+        terminal. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode or whose
+        vector is not finite; lists, arrays and the like are looked through before any work. An error that comes later
+        has the finished rows, float32, as its attribute `finished`.
         """
         if precision not in PRECISIONS:
             raise OptionError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
-        single = isinstance(sentences, str)
+        texts, single = listed(sentences, "sentences")
         stream = self.stream(
-            sentences,
+            texts,
             prompt_name=prompt_name,
             prompt=prompt,
             normalize_embeddings=normalize_embeddings,
@@ -111,7 +115,7 @@ class Embedder(Prompted, Pipeline):
             show_progress_bar=show_progress_bar,
         )
         width = self._check_dim(truncate_dim) or self.truncate_dim or self.dimension
-        vectors = quantize_embeddings(_gather(stream, 1 if single else length(sentences), width), precision, ranges)
+        vectors = quantize_embeddings(_gather(stream, texts, width), precision, ranges)
         return vectors[0] if single else vectors
 
     def encode_query(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray:
@@ -122,6 +126,7 @@ class Embedder(Prompted, Pipeline):
         """`encode` with the prompt named "document", "passage" or "corpus"; with none if the repository has none."""
         return self._encode_as(("document", "passage", "corpus"), sentences, kwargs)
 
+    @keyworded
     def stream(
         self,
         sentences: Iterable[str],
@@ -134,7 +139,7 @@ class Embedder(Prompted, Pipeline):
     ) -> Iterator[np.ndarray]:
         """As `encode`, but yields blocks of vectors (n, dimension), fp32, in order, as they are ready."""
         prompt = self._resolve_prompt(prompt_name, prompt)
-        sentences, _ = listed(sentences, "sentences")
+        given, _ = listed(sentences, "sentences")
         skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
         unit = normalize_embeddings or self.normalizes
         dim = self._check_dim(truncate_dim) or self.truncate_dim
@@ -148,13 +153,10 @@ class Embedder(Prompted, Pipeline):
             pooled = x.float() if alone else pooling.pool(x, batch, self.pooling.modes, skip)
             return finish(pooled, self.dense, unit, dim)
 
-        def texts() -> Iterator[str]:
-            for i, text in enumerate(sentences):
-                yield prompt + check_text(text, i)
-
-        for rows in self.run(texts(), forward, show_progress_bar, length(sentences)):
+        for rows in self.run((prompt + text for text in given), forward, show_progress_bar, length(given)):
             yield torch.stack(rows).numpy()
 
+    @keyworded
     def encode_sparse(self, sentences: str | Iterable[str], *, show_progress_bar: bool | None = None) -> Any:
         """For every text {token: weight}, a list in their order; of one string, one dict.
 
@@ -171,11 +173,11 @@ class Embedder(Prompted, Pipeline):
             )
         texts, single = listed(sentences, "sentences")
 
-        def forward(batch: PackedBatch) -> list[tuple[list[int], list[float]]]:
-            weights = self.model(batch).squeeze(-1).float().relu().cpu()
+        def forward(batch: PackedBatch) -> list[tuple[list[int], list[float]] | None]:
+            weights = self.model(batch).squeeze(-1).float().cpu()
             ids = batch.input_ids.cpu()
             parts = zip(ids.split(batch.seqlens), weights.split(batch.seqlens), strict=True)
-            return [(i.tolist(), w.tolist()) for i, w in parts]
+            return [(i.tolist(), w.relu().tolist()) if w.isfinite().all() else None for i, w in parts]
 
         def weigh(ids: list[int], weights: list[float]) -> dict[str, float]:
             largest: dict[str, float] = {}
@@ -185,21 +187,23 @@ class Embedder(Prompted, Pipeline):
                     largest[token] = max(weight, largest.get(token, 0.0))
             return largest
 
-        checked = (check_text(text, i) for i, text in enumerate(texts))
-        blocks = self.run(checked, forward, show_progress_bar, length(texts))
-        results = [weigh(*row) for block in blocks for row in block]
+        results = self.rows(texts, forward, show_progress_bar, lambda rows: [weigh(*row) for row in rows])
         return results[0] if single else results
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> np.ndarray:
-        """(N, D) and (M, D) -> (N, M) by `similarity_fn_name`; distances (euclidean, manhattan) are negated."""
-        a, b = (torch.as_tensor(e).float().reshape(-1, np.shape(e)[-1]) for e in (embeddings1, embeddings2))
+        """(N, D) and (M, D) -> (N, M) by `similarity_fn_name`; distances (euclidean, manhattan) are negated. One vector
+        (D,) counts as (1, D), an empty list as (0, D)."""
+        a, b = _matrix(embeddings1), _matrix(embeddings2)
         if a.shape[1] != b.shape[1]:
-            raise ValueError(f"embeddings have {a.shape[1]} and {b.shape[1]} dimensions; they must have the same")
-        if self.similarity_fn_name == "cosine":
-            return (pooling.normalize(a) @ pooling.normalize(b).T).numpy()
-        if self.similarity_fn_name == "dot":
-            return (a @ b.T).numpy()
-        return -torch.cdist(a, b, p=2.0 if self.similarity_fn_name == "euclidean" else 1.0).numpy()
+            if len(a) and len(b):
+                raise ValueError(f"embeddings have {a.shape[1]} and {b.shape[1]} dimensions; they must have the same")
+            return np.zeros((len(a), len(b)), np.float32)
+        with torch.autocast("cpu", enabled=False):  # around this call there may be one
+            if self.similarity_fn_name == "cosine":
+                return (pooling.normalize(a) @ pooling.normalize(b).T).numpy()
+            if self.similarity_fn_name == "dot":
+                return (a @ b.T).numpy()
+            return -torch.cdist(a, b, p=2.0 if self.similarity_fn_name == "euclidean" else 1.0).numpy()
 
     def _encode_as(self, names: tuple[str, ...], sentences: str | Iterable[str], kwargs: dict[str, Any]) -> np.ndarray:
         if kwargs.get("prompt") is None and kwargs.get("prompt_name") is None:
@@ -207,21 +211,32 @@ class Embedder(Prompted, Pipeline):
         return self.encode(sentences, **kwargs)
 
     def _check_dim(self, dim: int | None) -> int | None:
-        if dim is not None and (type(dim) is not int or not 0 < dim <= self.dimension):
-            raise OptionError(f"truncate_dim is {shown(dim)}; it must be from 1 to {self.dimension}")
-        return dim
+        return None if dim is None else whole_number("truncate_dim", dim, 1, self.dimension)
 
 
-def _gather(stream: Iterator[np.ndarray], total: int | None, width: int) -> np.ndarray:
-    """The blocks in one array that is never copied: made whole where the length is known, else grown in place."""
-    out = np.empty((total or 0, width), np.float32)
+def _gather(stream: Iterator[np.ndarray], given: Given, width: int) -> np.ndarray:
+    """The blocks in one array that is never copied: made whole where the number of rows is sure, else grown in place.
+    It has the rows that the blocks have, whatever was thought before."""
+    out = np.empty((given.room, width), np.float32)
     filled = 0
-    for block in stream:
-        if filled + len(block) > len(out):
-            out.resize((filled + len(block), width), refcheck=False)
-        out[filled : filled + len(block)] = block
-        filled += len(block)
+    with keeping(lambda: out[:filled], given, streams=True):
+        for block in stream:
+            if filled + len(block) > len(out):
+                out.resize((filled + len(block), width), refcheck=False)
+            out[filled : filled + len(block)] = block
+            filled += len(block)
+    if filled < len(out):
+        out.resize((filled, width), refcheck=False)
     return out
+
+
+def _matrix(embeddings: Any) -> Tensor:
+    """(N, D), float32; of one vector (1, D); of nothing (0, 0). Raises ValueError for more than two dimensions."""
+    array = pooling.floats(embeddings, "embeddings")
+    if array.ndim not in (1, 2):
+        raise ValueError(f"embeddings have shape {array.shape}; it must be (N, dimension), or (dimension,) of one")
+    rows = array.reshape((0, 0) if array.shape == (0,) else (-1, array.shape[-1]) if array.ndim == 1 else array.shape)
+    return torch.from_numpy(np.require(rows, requirements=["W"]))  # torch warns of memory that it can't write to
 
 
 def _forward(model: Any, modes: Sequence[str], batch: PackedBatch, alone: bool) -> Tensor:

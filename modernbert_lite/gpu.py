@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .batch import PackedBatch, constant, to_device
+from .reading import warn
 
 NARROW = 64  # up to this length of the longest sequence all tiles are narrow
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -41,7 +41,7 @@ def _works(device: torch.device) -> bool:
         return bool(torch.isfinite(geglu.geglu(one, one, "gelu")).all())
     except Exception as error:  # noqa: BLE001  triton raises errors of many kinds; none of them need stop the work
         why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        warnings.warn(f"triton can't be used here ({why}); using torch, which is slower", stacklevel=2)
+        warn(f"triton can't be used here ({why}); using torch, which is slower")
         return False
 
 
@@ -72,7 +72,7 @@ def _attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) ->
         return bool((kernel.attention(qkv, ends, block=kernel.block_m(1 << 20, dtype, False)) == 1).all())
     except Exception as error:  # noqa: BLE001  as in `works`
         why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        warnings.warn(f"the attention kernel can't be used here ({why}); using torch, which is slower", stacklevel=2)
+        warn(f"the attention kernel can't be used here ({why}); using torch, which is slower")
         return False
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import os
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from . import gpu, ops
 from .batch import PackedBatch, to_device
 from .model import check_batch
+from .reading import warn
 
 MAX_TOKENS = 4096
 MAX_GRAPHS = 64
@@ -157,7 +157,7 @@ class Graphed:
         except RuntimeError as error:  # also when memory runs out
             self._failed = True
             self._device, self._graphs = None, {}
-            warnings.warn(f"no CUDA graphs here ({str(error).splitlines()[0]}); going on without", stacklevel=3)
+            warn(f"no CUDA graphs here ({str(error).splitlines()[0]}); going on without")
         return self._graphs.get(key)
 
 

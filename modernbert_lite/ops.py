@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, ParamSpec, TypeGuard
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import PackedBatch, constant
-from .reading import OptionError
+from .reading import OptionError, warn
 from .rope_config import Rope
 from .rotary import cached, position_table, rope_table
 
@@ -103,10 +102,9 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def _warn_of_no_gpu(device: str) -> None:
-    warnings.warn(
+    warn(
         f"MODERNBERT_LITE_BACKEND is 'triton', but its kernels need a GPU, and this tensor is on {device!r}; using "
         "torch. (To have them interpreted, slowly, set TRITON_INTERPRET=1 before Python starts)",
-        stacklevel=4,
     )
 
 

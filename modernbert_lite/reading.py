@@ -6,10 +6,14 @@ Needs no torch, so that `modernbert-lite info` and error messages stay quick.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import stat
+import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path, PurePath, PurePosixPath
+from types import FrameType
 from typing import Any, TypeGuard
 
 MAX_JSON_BYTES = 1 << 20
@@ -113,6 +117,53 @@ def cached_repo(path: Path) -> str | None:
         if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
             return folder.parent.name.removeprefix("models--").replace("--", "/")
     return None
+
+
+def warn(message: str, only_as_error: bool = False) -> None:
+    """A UserWarning that points at what called this package. only_as_error: nothing, unless it raises.
+
+    What stderr does with it can't fail the work that it is about."""
+    message = printable(message, MAX_MESSAGE)
+    frame, depth, caller, level = sys._getframe(), 1, sys._getframe(), 1
+    while frame.f_back is not None:
+        depth += 1
+        if frame.f_globals.get("__package__") == __package__:
+            caller, level = frame.f_back, depth
+        frame = frame.f_back
+    if only_as_error and not _raises(message, caller):
+        return
+    try:
+        warnings.warn(message, stacklevel=level)
+    except UserWarning:
+        raise
+    except Exception:  # noqa: BLE001  whatever a stream that is closed, or none, raises
+        return
+
+
+def _raises(message: str, frame: FrameType) -> bool:
+    """Whether a UserWarning of this message is an error there, by the filters, of which the first that fits counts."""
+    module = frame.f_globals.get("__name__") or "<unknown>"
+    for action, text, category, place, line in warnings.filters:
+        if (
+            issubclass(UserWarning, category)
+            and (text is None or text.match(message))
+            and (place is None or place.match(module))
+            and line in (0, frame.f_lineno)
+        ):
+            return action == "error"
+    return False
+
+
+def whole_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """An option's value as an int: Python's or numpy's integers, no bool. Raises OptionError for any other value."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise OptionError(f"{name} is {shown(value)}; it must be {allowed}" + (", a whole number" * (number is None)))
+    return number
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:

@@ -12,12 +12,11 @@ from torch import Tensor
 from . import pooling
 from .batch import PackedBatch
 from .heads import encoder_class, network_class, use
-from .pipeline import Checkpoint, Pipeline, check_text, length
+from .inputs import Pair, brief, check_pair, listed
+from .pipeline import Checkpoint, Pipeline, keyworded, on_host
 from .prompts import Prompted
-from .reading import OptionError
+from .reading import OptionError, whole_number
 from .st_config import Pooling, SentenceConfig, finish, on_vectors, score_activation
-
-Pair = tuple[str, str]
 
 
 class Reranker(Prompted, Pipeline):
@@ -49,6 +48,7 @@ class Reranker(Prompted, Pipeline):
         named = told.activation_fn or self.config.activation_fn
         self.activation_fn = score_activation(named or ("torch.nn.Sigmoid" if len(self.labels) == 1 else None))
 
+    @keyworded
     def predict(
         self,
         pairs: Pair | Sequence[str] | Iterable[Pair],
@@ -65,29 +65,40 @@ class Reranker(Prompted, Pipeline):
         the repository's default.
         activation_fn: on the logits; a function or a name ("identity", "sigmoid"); None: what the checkpoint names,
         else the sigmoid for one label and nothing for more. apply_softmax: over the labels, if there are several.
-        Raises TypeError or ValueError for an item that is not two strings, OptionError for an unknown prompt_name.
+        Raises TypeError or ValueError for an item that is not two strings, or whose logits are not finite, OptionError
+        for an unknown prompt_name.
         """
         prompt = self._resolve_prompt(prompt_name, prompt)
         unpooled = prompt and self.pooling is not None and not self.pooling.include_prompt
         skip = self.tokenizer.prompt_length(prompt) if unpooled else 0
-        single = isinstance(pairs, (list, tuple)) and len(pairs) == 2 and all(isinstance(p, str) for p in pairs)
-        items: Any = [pairs] if single else pairs
-        activate = score_activation(activation_fn, OptionError) if isinstance(activation_fn, str) else activation_fn
-        activate = activate or self.activation_fn
+        single = _is_pair(pairs)
+        items: Any = [pairs] if single or isinstance(pairs, str) else pairs
 
-        def forward(batch: PackedBatch) -> Tensor:
-            scores = activate(self._scores(self.network(batch).float(), batch, skip))
+        def check(pair: object, i: int) -> Pair:
+            first, second = check_pair(pair, i)
+            return prompt + first, second
+
+        given, _ = listed(items, "pairs", check, "two strings, or an iterable of such pairs", dimensions=2)
+        named = self.activation_fn if activation_fn is None else activation_fn
+        activate = score_activation(named, OptionError) if isinstance(named, str) else named
+
+        def forward(batch: PackedBatch) -> Iterator[Tensor | None]:
+            logits = self._scores(self.network(batch).float(), batch, skip)
+            scores = activate(logits)
             if len(self.labels) == 1:
-                return scores.squeeze(-1)
-            return torch.softmax(scores, -1) if apply_softmax else scores
+                scores = scores.squeeze(-1)
+            elif apply_softmax:
+                scores = torch.softmax(scores, -1)
+            return on_host(scores, logits)  # a sigmoid hides an infinite one
 
-        rows = [
-            row for block in self.run(_pairs(items, prompt), forward, show_progress_bar, length(items)) for row in block
-        ]
-        shape = () if len(self.labels) == 1 else (len(self.labels),)
-        scores = torch.stack(rows).numpy() if rows else np.empty((0, *shape), np.float32)
+        def made(rows: list[Tensor]) -> np.ndarray:
+            shape = () if len(self.labels) == 1 else (len(self.labels),)
+            return torch.stack(rows).numpy() if rows else np.empty((0, *shape), np.float32)
+
+        scores: np.ndarray = self.rows(given, forward, show_progress_bar, made)
         return scores[0] if single else scores
 
+    @keyworded
     def rank(
         self,
         query: str,
@@ -108,9 +119,13 @@ class Reranker(Prompted, Pipeline):
             raise OptionError(
                 f"this model has {len(self.labels)} labels; rank needs one of a single label. Use predict"
             )
+        if not isinstance(query, str):
+            raise TypeError(f"query is {brief(query)}; it must be a str")
         if isinstance(documents, str):
             raise TypeError("documents is a str; it must be a list or another iterable of them")
-        documents = list(documents)
+        if top_k is not None:
+            top_k = whole_number("top_k", top_k)
+        documents = list(listed(documents, "documents", what="a list or another iterable of str")[0])
         pairs = [(query, document) for document in documents]
         scores = self.predict(pairs, prompt_name=prompt_name, prompt=prompt, show_progress_bar=show_progress_bar)
         return ranked(scores, documents, top_k, return_documents)
@@ -125,8 +140,8 @@ class Reranker(Prompted, Pipeline):
 
 def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_documents: bool) -> list[dict[str, Any]]:
     """Scores (N,) and their documents -> the best `top_k`, best first."""
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    if top_k is not None:
+        top_k = whole_number("top_k", top_k)
     order = np.argsort(-scores, kind="stable")[:top_k]
     results: list[dict[str, Any]] = [{"corpus_id": int(i), "score": float(scores[i])} for i in order]
     if return_documents:
@@ -135,8 +150,6 @@ def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_d
     return results
 
 
-def _pairs(items: Iterable[Any], prompt: str) -> Iterator[Pair]:
-    for i, item in enumerate(items):
-        if isinstance(item, str) or not isinstance(item, (list, tuple)) or len(item) != 2:
-            raise TypeError(f"pair {i} is {type(item).__name__} ({item!r:.60}); each must be two strings")
-        yield prompt + check_text(item[0], i), check_text(item[1], i)
+def _is_pair(pairs: Any) -> bool:
+    listed = isinstance(pairs, (list, tuple)) or (isinstance(pairs, np.ndarray) and pairs.ndim == 1)
+    return listed and len(pairs) == 2 and all(isinstance(text, str) for text in pairs)

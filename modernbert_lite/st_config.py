@@ -196,7 +196,7 @@ def _taken(
 def _names(folder: Path, default: str) -> tuple[str, str]:
     """What a Dense or Normalize module works on, and what it makes."""
     path = folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = optional_json(path)
     source, target = config.get("module_input_name", default), config.get("module_output_name")
     target = source if target is None else target
     if not isinstance(source, str) or not isinstance(target, str):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .reading import CheckpointError, Reader, read_json, shown
+from .reading import CheckpointError, Reader, optional_json, shown
 
 # sentence-transformers' order; the first that is there and not empty is read.
 NAMES = tuple(
@@ -90,7 +90,7 @@ def read_settings(folder: Path, late: bool) -> Settings:
 def own_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The file, as it is, of the folder of a network; empty where there is none."""
     for path in (folder / name for name in NAMES):
-        raw: dict[str, Any] = read_json(path) if path.is_file() else {}
+        raw: dict[str, Any] = optional_json(path)
         if raw:
             return path, raw
     return folder / NAMES[0], {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,8 +28,9 @@ from .reading import (
     printable,
     read_json,
     shown,
+    warn,
 )
-from .threads import set_threads
+from .threads import set_threads, survive_forks
 
 BUNDLED = "tiny"
 INDEX = "model.safetensors.index.json"
@@ -199,7 +199,7 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
         raise
     except Exception as error:  # noqa: BLE001  the hub's clients raise errors of several libraries
         if cached is not None and _has_weights(cached):
-            warnings.warn(f"the hub could not be reached; using what the cache has of {repo}", stacklevel=5)
+            warn(f"the hub could not be reached; using what the cache has of {repo}")
             return cached
         why = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
@@ -322,6 +322,7 @@ def load_weights(
     copies; a tensor that needs no conversion stays memory-mapped, as does the embedding table of the CPU, whose rows
     are converted as they are looked up. dtype, packed: as in `load_model`. Missing, unexpected or misshapen tensors,
     and values that aren't finite, are a CheckpointError that names them."""
+    survive_forks()
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     with torch.device("meta"):

@@ -175,3 +175,40 @@ def cases() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)  # type: ignore[union-attr]
     return module
+
+
+@pytest.fixture(scope="session")
+def small_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Networks of one layer: "dense" (an encoder whose mean goes through a Dense), "reranker", "masked", "late"."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    folders: dict[str, Path] = {}
+    small = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 1}
+    for name, architecture, config in (
+        ("dense", "ModernBertModel", {}),
+        ("reranker", "ModernBertForSequenceClassification", {"num_labels": 1}),
+        ("masked", "ModernBertForMaskedLM", {}),
+        ("late", "ModernBertModel", {}),
+    ):
+        torch.manual_seed(0)
+        folders[name] = folder = tmp_path_factory.mktemp("small") / name
+        model = getattr(transformers, architecture)(transformers.ModernBertConfig(**{**SMALL, **small, **config}))
+        randomize(model).save_pretrained(folder)
+        for path in REAL_TOKENIZER.iterdir():
+            if path.name != "config.json":
+                shutil.copy(path, folder)
+    write_sentence_files(folders["dense"], pooling={"pooling_mode_mean_tokens": True})
+    modules = json.loads((folders["dense"] / "modules.json").read_text())
+    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    (folders["dense"] / "modules.json").write_text(json.dumps(modules))
+    (folders["dense"] / "2_Dense").mkdir()
+    tanh = "torch.nn.modules.activation.Tanh"
+    (folders["dense"] / "2_Dense" / "config.json").write_text(
+        json.dumps({"in_features": 32, "out_features": 7, "bias": False, "activation_function": tanh})
+    )
+    save_file({"linear.weight": torch.randn(7, 32) * 0.1}, folders["dense"] / "2_Dense" / "model.safetensors")
+    late = {"model_type": "ColBERT", "query_prefix": "", "document_prefix": "", "query_length": 16}
+    (folders["late"] / "config_sentence_transformers.json").write_text(json.dumps({**late, "document_length": 40}))
+    return folders

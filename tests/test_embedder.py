@@ -121,6 +121,7 @@ def test_a_generator_is_read_lazily(tiny):
     assert_same(first[: len(WORDS)], tiny.encode(WORDS))
 
 
+@pytest.mark.filterwarnings("ignore:. of 6 texts were longer than 8 tokens")
 def test_long_texts_are_read_by_characters_not_by_number():
     model = Embedder.from_pretrained("tiny", max_seq_length=8)
     read = 0
@@ -441,11 +442,10 @@ def test_a_terminal_gets_a_bar_unless_it_is_turned_off(tiny, capsys, monkeypatch
     monkeypatch.setattr(tqdm, "tqdm", Bar)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     tiny.encode(["one"])
-    assert bars[-1]["disable"] is False
     assert bars[-1]["delay"] >= 0.5  # short work draws nothing
-    assert bars[-1]["file"] is sys.stderr
+    assert bars[-1]["file"].stream is sys.stderr
     tiny.encode(["one"], show_progress_bar=False)
-    assert bars[-1]["disable"] is True
+    assert len(bars) == 1
     assert capsys.readouterr().err == ""
 
 

@@ -326,3 +326,19 @@ def test_what_is_no_text_is_refused_before_any_work(embedder, monkeypatch, bad, 
     monkeypatch.setattr(embedder.tokenizer, "encode_typed", lambda *_: pytest.fail("tokenized"))
     with pytest.raises(TypeError, match=message):
         embedder.encode_sparse(bad)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_told_with_the_text(made, value):
+    """A NaN is not over 0, and what is under 0 counts as 0: both would be left out in silence."""
+    model = Embedder.from_pretrained(made[0], device="cpu")
+
+    def hook(_, arguments, out):
+        out = out.clone()
+        first = max(range(len(arguments[0].seqlens)), key=arguments[0].seqlens.__getitem__)
+        out[int(arguments[0].cu_seqlens[first]) + 1] = value
+        return out
+
+    model.model.register_forward_hook(hook)
+    with pytest.raises(ValueError, match=r"^the result of text 1, .*'one of many words'.* is not finite in float32"):
+        model.encode_sparse(["a", "one of many words", "b"])

@@ -109,12 +109,10 @@ def test_a_text_without_a_mask_is_named(model):
         model.predict("")
 
 
+@pytest.mark.filterwarnings("ignore:1 of 1 texts were longer than 16 tokens")
 def test_a_mask_that_is_cut_off_is_missed(folder):
     model = FillMask.from_pretrained(folder, max_seq_length=16)
-    with (
-        pytest.warns(UserWarning, match="1 of 1 texts were longer than 16 tokens"),
-        pytest.raises(ValueError, match=r"\[MASK\] of text 0 lies beyond its first 16 tokens"),
-    ):
+    with pytest.raises(ValueError, match=r"\[MASK\] of text 0 lies beyond its first 16 tokens"):
         model.predict("word " * 30 + "[MASK]")
     strict = FillMask.from_pretrained(folder, max_seq_length=16, on_long="error")
     with pytest.raises(ValueError, match="text 0 is longer than 16 tokens"):

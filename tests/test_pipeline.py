@@ -193,6 +193,7 @@ def test_a_failure_while_computing_leaves_no_thread(model, small, monkeypatch, c
         return network(batch, *rest)
 
     monkeypatch.setattr(model, "network", forward)
+    model.batch_tokens = 8  # so that the first piece alone gives batches, while the thread is at the others
     with pytest.raises(error) as caught:  # held, with its frames: they must not be what ends the thread
         model.encode(TEXTS)
     assert caught.value.args == ("stop",)

@@ -17,6 +17,7 @@ from .reading import CheckpointError, Reader, read_json, shown
 ACTIVATIONS = ("gelu", "silu", "relu", "gelu_pytorch_tanh")
 ROPE_TYPES = ("default", "linear", "yarn")
 FULL, SLIDING = "full_attention", "sliding_attention"
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # What Alibaba's NewConfig has and transformers' GteConfig doesn't: a file with one of them speaks the older dialect.
 _NEW_CONFIG_KEYS = (
     "rope_theta",
@@ -72,6 +73,8 @@ class ModernBertConfig:
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    problem_type: str | None = None  # which function makes scores of a sequence classifier's logits
+    entailment_id: int | None = None  # the label that means entailment, in a model of natural language inference
     activation_fn: str | None = None  # the activation that a cross-encoder names for its scores
 
     @property
@@ -100,6 +103,7 @@ class ModernBertConfig:
         layers = get.whole("num_hidden_layers", 22)
         hidden, heads = _sizes(get)
         pooling = get.choice("classifier_pooling", "cls", ("cls", "mean"))
+        labels = _labels(get)
         return cls(
             architecture=_architectures(raw, "ModernBertModel")[0],
             vocab_size=get.whole("vocab_size", 50368),
@@ -122,7 +126,9 @@ class ModernBertConfig:
             decoder_bias=get.flag("decoder_bias", True),
             tie_word_embeddings=get.flag("tie_word_embeddings", True),
             pad_token_id=get.token_id("pad_token_id"),
-            labels=_labels(get),
+            labels=labels,
+            problem_type=_problem_type(get),
+            entailment_id=_entailment_id(get, labels),
             activation_fn=_activation_fn(raw),
         )
 
@@ -150,6 +156,8 @@ class GteConfig:
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    problem_type: str | None = None  # which function makes scores of a sequence classifier's logits
+    entailment_id: int | None = None  # the label that means entailment, in a model of natural language inference
     activation_fn: str | None = None
     sparse: bool = False  # beside the encoder the file has a weight for each token (gte-multilingual-base)
 
@@ -196,6 +204,8 @@ class GteConfig:
             tie_word_embeddings=get.flag("tie_word_embeddings", True, strings=True),
             pad_token_id=get.token_id("pad_token_id"),
             labels=labels,
+            problem_type=_problem_type(get),
+            entailment_id=_entailment_id(get, labels),
             activation_fn=_activation_fn(raw),
             sparse=len(labels) == 1 and any("ForTokenClassification" in name for name in architectures),
         )
@@ -362,6 +372,21 @@ def _labels(get: Reader) -> tuple[str, ...]:
     if sorted(id2label) != sorted(str(i) for i in range(len(id2label))):
         raise CheckpointError(f"id2label has the ids {shown(sorted(id2label))}; they must be 0 to {len(id2label) - 1}")
     return tuple(str(id2label[str(i)]) for i in range(len(id2label)))
+
+
+def _problem_type(get: Reader) -> str | None:
+    return None if get.raw.get("problem_type") is None else get.choice("problem_type", "", PROBLEM_TYPES)
+
+
+def _entailment_id(get: Reader, labels: tuple[str, ...]) -> int | None:
+    """The id of the first label in label2id whose name starts with "entail", in any case: as transformers' zero-shot
+    pipeline finds it. Without label2id, its place in id2label. None: no label is named so. It isn't checked against
+    the labels here: a file may keep the label2id of the model that it was trained from, and only zero-shot needs it."""
+    ids = get.mapping("label2id") or {label: i for i, label in enumerate(labels)}
+    for name, i in ids.items():
+        if name.lower().startswith("entail"):
+            return int(i) if type(i) is int or (isinstance(i, str) and i.isdecimal()) else None
+    return None
 
 
 def _activation_fn(raw: Mapping[str, Any]) -> str | None:

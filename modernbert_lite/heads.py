@@ -159,7 +159,12 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {
     **{f"{name}{end}": network for name in ("New", "Gte") for end, network in _GTE.items()},
 }
 # What runs an architecture for its user, by the end of its name.
-_USES = {"Model": "Embedder", "ForMaskedLM": "FillMask", "ForSequenceClassification": "Reranker"}
+_USES = {
+    "Model": "Embedder",
+    "ForMaskedLM": "FillMask",
+    "ForSequenceClassification": "Classifier",
+    "ForTokenClassification": "TokenClassifier",
+}
 
 
 def network_class(architecture: str) -> type[nn.Module]:
@@ -175,5 +180,6 @@ def encoder_class(config: Config) -> type[nn.Module]:
 
 
 def use(architecture: str) -> str:
-    """The class that runs it for its user; "load_model" where there is none."""
+    """The class that runs it for its user (a sequence classifier has two: Classifier and Reranker); "load_model" where
+    there is none."""
     return next((name for end, name in _USES.items() if architecture.endswith(end)), "load_model")

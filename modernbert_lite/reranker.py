@@ -12,10 +12,11 @@ from torch import Tensor
 
 from . import pooling
 from .batch import PackedBatch
-from .heads import encoder_class, network_class, use
+from .heads import encoder_class, network_class
 from .pipeline import Checkpoint, Pipeline, check_text, length
 from .reading import OptionError
 from .st_config import Dense, Norm, Pooling, finish, on_vectors, score_activation
+from .tokenizer import Text
 
 Pair = tuple[str, str]
 
@@ -26,7 +27,7 @@ class Reranker(Pipeline):
     def __init__(self, checkpoint: Checkpoint, **options: Any):
         self.check(checkpoint)
         architecture, sentence = checkpoint.config.architecture, checkpoint.sentence
-        if not sentence.scores and use(architecture) != "Reranker":
+        if not sentence.scores and not architecture.endswith("ForSequenceClassification"):
             raise checkpoint.refuse("reranker")
         network = encoder_class(checkpoint.config) if sentence.scores else network_class(architecture)
         super().__init__(checkpoint, network, **options)
@@ -43,7 +44,7 @@ class Reranker(Pipeline):
 
     def predict(
         self,
-        pairs: Pair | Sequence[str] | Iterable[Pair],
+        pairs: Pair | str | Sequence[str] | Iterable[Text],
         *,
         activation_fn: Callable[[Tensor], Tensor] | str | None = None,
         apply_softmax: bool = False,
@@ -51,11 +52,15 @@ class Reranker(Pipeline):
     ) -> np.ndarray:
         """Scores of pairs, (N,) for one label, else (N, labels); fp32. One pair of strings gives one row.
 
+        A model of several labels also scores single texts, as CrossEncoder does: a string gives one row, and a string
+        among the items is a text. But ["a", "b"], two strings, is one pair: of two texts use Classifier.
         activation_fn: on the logits; a function or a name ("identity", "sigmoid"); None: what the checkpoint names,
         else the sigmoid for one label and nothing for more. apply_softmax: over the labels, if there are several.
         Raises TypeError or ValueError for an item that is not two strings.
         """
-        single = isinstance(pairs, (list, tuple)) and len(pairs) == 2 and all(isinstance(p, str) for p in pairs)
+        single = isinstance(pairs, str) or (
+            isinstance(pairs, (list, tuple)) and len(pairs) == 2 and all(isinstance(p, str) for p in pairs)
+        )
         items: Any = [pairs] if single else pairs
         activate = score_activation(activation_fn, OptionError) if isinstance(activation_fn, str) else activation_fn
         activate = activate or self.activation_fn
@@ -66,7 +71,8 @@ class Reranker(Pipeline):
                 return scores.squeeze(-1)
             return torch.softmax(scores, -1) if apply_softmax else scores
 
-        rows = [row for block in self.run(_pairs(items), forward, show_progress_bar, length(items)) for row in block]
+        texts = _pairs(items, len(self.labels) > 1)
+        rows = [row for block in self.run(texts, forward, show_progress_bar, length(items)) for row in block]
         shape = () if len(self.labels) == 1 else (len(self.labels),)
         scores = torch.stack(rows).numpy() if rows else np.empty((0, *shape), np.float32)
         return scores[0] if single else scores
@@ -111,8 +117,13 @@ def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_d
     return results
 
 
-def _pairs(items: Iterable[Any]) -> Iterator[Pair]:
+def _pairs(items: Iterable[Any], texts: bool) -> Iterator[Text]:
+    """texts: single ones are taken, too."""
     for i, item in enumerate(items):
-        if isinstance(item, str) or not isinstance(item, (list, tuple)) or len(item) != 2:
-            raise TypeError(f"pair {i} is {type(item).__name__} ({item!r:.60}); each must be two strings")
-        yield check_text(item[0], i), check_text(item[1], i)
+        if isinstance(item, str) and texts:
+            yield item
+        elif isinstance(item, (list, tuple)) and len(item) == 2:
+            yield check_text(item[0], i), check_text(item[1], i)
+        else:
+            hint = "; for single texts open the model with Classifier" if isinstance(item, str) else ""
+            raise TypeError(f"pair {i} is {type(item).__name__} ({item!r:.60}); each must be two strings{hint}")

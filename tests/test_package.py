@@ -117,7 +117,7 @@ LAYERS = [
     {"weights"},
     {"tokenizer", "st_config"},
     {"pipeline", "writers"},
-    {"embedder", "reranker", "fill_mask", "late_interaction"},
+    {"classifier", "embedder", "fill_mask", "late_interaction", "reranker", "token_classifier"},
     {"describe"},
     {"cli"},
 ]

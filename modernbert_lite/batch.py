@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +91,8 @@ def _join(sequences: Iterable[Sequence[int] | Tensor], name: str, kind: str) -> 
     """End to end, (T,) int64, with the lengths and the largest number (-1 if T is 0)."""
     parts = []
     for i, sequence in enumerate(sequences):
+        if isinstance(sequence, np.ndarray) and sequence.dtype.kind in "iu":  # of any size, byte order, read-only too
+            sequence = sequence.astype(np.int64)
         try:
             part = torch.as_tensor(sequence)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:

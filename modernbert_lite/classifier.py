@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .batch import PackedBatch
 from .heads import network_class
-from .pipeline import Checkpoint, Pipeline, check_text, length, listed, warn
-from .reading import CheckpointError, OptionError, shown
+from .inputs import check_text_or_pair, length, listed
+from .pipeline import Checkpoint, Pipeline, keyworded, on_host, warn
+from .reading import CheckpointError, OptionError, shown, whole_number
 from .tokenizer import FirstCut, Text
 
 Scores = list[dict[str, Any]]
@@ -42,6 +43,7 @@ class Classifier(Pipeline):
         several = problem == "multi_label_classification" or len(self.labels) == 1
         self.function_to_apply = "none" if problem == "regression" else "sigmoid" if several else "softmax"
 
+    @keyworded
     def predict(
         self,
         texts: str | Iterable[Text],
@@ -58,8 +60,7 @@ class Classifier(Pipeline):
         pipeline("text-classification", top_k=top_k), but texts over max_seq_length are cut (on_long). Raises
         OptionError for another function or a top_k below 1, TypeError for an item that is no text and no pair.
         """
-        if top_k is not None and top_k < 1:
-            raise OptionError(f"top_k is {top_k}; it must be at least 1, or None for all labels")
+        top_k = None if top_k is None else whole_number("top_k", top_k)
         single = isinstance(texts, str)
         scores = self.predict_proba(
             [texts] if isinstance(texts, str) else texts,
@@ -74,6 +75,7 @@ class Classifier(Pipeline):
 
     __call__ = predict
 
+    @keyworded
     def predict_proba(
         self,
         texts: str | Iterable[Text],
@@ -88,10 +90,11 @@ class Classifier(Pipeline):
         name = self.function_to_apply if function_to_apply is None else str(function_to_apply).lower()
         if name not in _FUNCTIONS:
             raise OptionError(f"function_to_apply is {shown(function_to_apply)}; it must be {', '.join(_FUNCTIONS)}")
-        items = list(_checked(texts)) if isinstance(texts, (list, tuple)) else listed(texts, "texts")[0]
-        scores = self._scores(_checked(items), _FUNCTIONS[name], show_progress_bar, length(items))
-        return scores[0] if isinstance(texts, str) else scores
+        given, single = listed(texts, "texts", check_text_or_pair, "a str or an iterable of str or pairs", dimensions=2)
+        scores = self._stacked(self.rows(given, self._forward(name), show_progress_bar))
+        return scores[0] if single else scores
 
+    @keyworded
     def zero_shot(
         self,
         texts: str | Iterable[str],
@@ -117,20 +120,20 @@ class Classifier(Pipeline):
         if isinstance(labels, str):
             names = [name for name in map(str.strip, labels.split(",")) if name]
         else:
-            names = [check_text(name, i) for i, name in enumerate(listed(labels, "labels")[0])]
+            names = list(listed(labels, "labels")[0])
         hypotheses = self._hypotheses(names, hypothesis_template)
         entailment = self._entailment()
         items, single = listed(texts, "texts")
         kept: list[str] = []
 
         def pairs() -> Iterator[FirstCut]:
-            for i, text in enumerate(items):
-                kept.append(check_text(text, i))
+            for text in items:
+                kept.append(text)
                 yield from (FirstCut((text, hypothesis)) for hypothesis in hypotheses)
 
         count = length(items)
-        logits = self._scores(pairs(), _FUNCTIONS["none"], show_progress_bar, count and count * len(names))
-        by_label = logits.reshape(-1, len(names), len(self.labels))
+        blocks = self.run(pairs(), self._forward("none"), show_progress_bar, count and count * len(names))
+        by_label = self._stacked([row for block in blocks for row in block]).reshape(-1, len(names), len(self.labels))
         if multi_label or len(names) == 1:
             scores = _softmax(by_label[..., [-1 if entailment == 0 else 0, entailment]])[..., 1]
         else:
@@ -142,17 +145,14 @@ class Classifier(Pipeline):
         ]
         return results[0] if single else results
 
-    def _scores(
-        self,
-        texts: Iterator[Any],
-        function: Callable[[Tensor], Tensor],
-        show_progress_bar: bool | None,
-        total: int | None,
-    ) -> np.ndarray:
-        def forward(batch: PackedBatch) -> Tensor:
-            return function(self.network(batch).float())
+    def _forward(self, function: str) -> Callable[[PackedBatch], Iterator[Tensor | None]]:
+        def forward(batch: PackedBatch) -> Iterator[Tensor | None]:
+            logits = self.network(batch).float()
+            return on_host(_FUNCTIONS[function](logits), logits)
 
-        rows = [row for block in self.run(texts, forward, show_progress_bar, total) for row in block]
+        return forward
+
+    def _stacked(self, rows: list[Tensor]) -> np.ndarray:
         return torch.stack(rows).numpy() if rows else np.empty((0, len(self.labels)), np.float32)
 
     def _hypotheses(self, labels: list[str], template: str) -> list[str]:
@@ -184,16 +184,6 @@ class Classifier(Pipeline):
         if found >= len(self.labels):
             raise CheckpointError(f"label2id has entailment at {found}; this model has {len(self.labels)} labels")
         return found
-
-
-def _checked(items: Iterable[Any]) -> Iterator[Text]:
-    for i, item in enumerate(items):
-        if isinstance(item, (list, tuple)):
-            if len(item) != 2:
-                raise TypeError(f"text {i} is a {type(item).__name__} of {len(item)} items; a pair has two strings")
-            yield check_text(item[0], i), check_text(item[1], i)
-        else:
-            yield check_text(item, i)
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

@@ -13,9 +13,10 @@ from torch import Tensor
 from . import pooling
 from .batch import PackedBatch
 from .heads import GteTokenClassifier, encoder_class
-from .pipeline import Checkpoint, Pipeline, check_text, length, listed, warn
+from .inputs import Given, check_text, keeping, length, listed
+from .pipeline import Checkpoint, Pipeline, keyworded, on_host, warn
 from .pooling import PRECISIONS, quantize_embeddings
-from .reading import CheckpointError, OptionError, shown
+from .reading import CheckpointError, OptionError, shown, whole_number
 from .st_config import Pooling, finish, on_vectors
 from .weights import BUNDLED
 
@@ -52,8 +53,9 @@ class Embedder(Pipeline):
         width = self.config.hidden_size * len(self.pooling.modes)
         self.dense = on_vectors(checkpoint.root, sentence.dense, width, self.device)
         self.dimension = self.dense[-1].out_features if self.dense else width
-        self.truncate_dim = self._check_dim(truncate_dim)
+        self.truncate_dim = truncate_dim
 
+    @keyworded
     def encode(
         self,
         sentences: str | Iterable[str],
@@ -73,7 +75,9 @@ class Embedder(Pipeline):
         prompt: put before every text; or prompt_name, one of `prompts`; neither: the repository's default.
         normalize_embeddings: unit length (some repositories always do). truncate_dim: the first so many numbers, cut
         before normalising. precision, ranges: see `quantize_embeddings`. show_progress_bar: None shows one on a
-        terminal. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode.
+        terminal. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode or whose
+        vector is not finite; lists, arrays and the like are looked through before any work. An error that comes later
+        has the finished rows, float32, as its attribute `finished`.
 
         output_value: "token_embeddings" gives for every text an array (tokens, hidden size), fp32: what the encoder
         gives each of its tokens, before pooling, prompt and special tokens included; see `token_offsets` for where they
@@ -96,9 +100,9 @@ class Embedder(Pipeline):
             prompt = self._resolve_prompt(prompt_name, prompt)
             unit, dim = normalize_embeddings or self.normalizes, self._check_dim(truncate_dim) or self.truncate_dim
             return self._encode_tokens(sentences, prompt, output_value is None, unit, dim, show_progress_bar)
-        single = isinstance(sentences, str)
+        texts, single = listed(sentences, "sentences")
         stream = self.stream(
-            sentences,
+            texts,
             prompt_name=prompt_name,
             prompt=prompt,
             normalize_embeddings=normalize_embeddings,
@@ -106,7 +110,7 @@ class Embedder(Pipeline):
             show_progress_bar=show_progress_bar,
         )
         width = self._check_dim(truncate_dim) or self.truncate_dim or self.dimension
-        vectors = quantize_embeddings(_gather(stream, 1 if single else length(sentences), width), precision, ranges)
+        vectors = quantize_embeddings(_gather(stream, texts, width), precision, ranges)
         return vectors[0] if single else vectors
 
     def encode_query(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray:
@@ -117,6 +121,7 @@ class Embedder(Pipeline):
         """`encode` with the prompt named "document", "passage" or "corpus"; with none if the repository has none."""
         return self._encode_as(("document", "passage", "corpus"), sentences, kwargs)
 
+    @keyworded
     def token_offsets(
         self, sentences: str | Iterable[str], *, prompt_name: str | None = None, prompt: str | None = None
     ) -> list[np.ndarray] | Any:
@@ -129,11 +134,12 @@ class Embedder(Pipeline):
         """
         prompt = self._resolve_prompt(prompt_name, prompt)
         texts, single = listed(sentences, "sentences")
-        whole = [prompt + check_text(text, i) for i, text in enumerate(texts)]
+        whole = [prompt + text for text in texts]
         spans = [[span or (0, 0) for _, span in tokens] for tokens in self.tokenizer.offsets(whole)]
         results = [np.maximum(np.array(text, np.int64).reshape(-1, 2) - len(prompt), 0) for text in spans]
         return results[0] if single else results
 
+    @keyworded
     def stream(
         self,
         sentences: Iterable[str],
@@ -146,7 +152,7 @@ class Embedder(Pipeline):
     ) -> Iterator[np.ndarray]:
         """As `encode`, but yields blocks of vectors (n, dimension), fp32, in order, as they are ready."""
         prompt = self._resolve_prompt(prompt_name, prompt)
-        sentences, _ = listed(sentences, "sentences")
+        given, _ = listed(sentences, "sentences")
         skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
         unit = normalize_embeddings or self.normalizes
         dim = self._check_dim(truncate_dim) or self.truncate_dim
@@ -158,13 +164,10 @@ class Embedder(Pipeline):
             pooled = x.float() if alone else pooling.pool(x, batch, self.pooling.modes, skip)
             return finish(pooled, self.dense, unit, dim)
 
-        def texts() -> Iterator[str]:
-            for i, text in enumerate(sentences):
-                yield prompt + check_text(text, i)
-
-        for rows in self.run(texts(), forward, show_progress_bar, length(sentences)):
+        for rows in self.run((prompt + text for text in given), forward, show_progress_bar, length(given)):
             yield torch.stack(rows).numpy()
 
+    @keyworded
     def encode_sparse(self, sentences: str | Iterable[str], *, show_progress_bar: bool | None = None) -> Any:
         """For every text {token: weight}, a list in their order; of one string, one dict.
 
@@ -181,11 +184,11 @@ class Embedder(Pipeline):
             )
         texts, single = listed(sentences, "sentences")
 
-        def forward(batch: PackedBatch) -> list[tuple[list[int], list[float]]]:
-            weights = self.model(batch).squeeze(-1).float().relu().cpu()
+        def forward(batch: PackedBatch) -> list[tuple[list[int], list[float]] | None]:
+            weights = self.model(batch).squeeze(-1).float().cpu()
             ids = batch.input_ids.cpu()
             parts = zip(ids.split(batch.seqlens), weights.split(batch.seqlens), strict=True)
-            return [(i.tolist(), w.tolist()) for i, w in parts]
+            return [(i.tolist(), w.relu().tolist()) if w.isfinite().all() else None for i, w in parts]
 
         def weigh(ids: list[int], weights: list[float]) -> dict[str, float]:
             largest: dict[str, float] = {}
@@ -195,9 +198,7 @@ class Embedder(Pipeline):
                     largest[token] = max(weight, largest.get(token, 0.0))
             return largest
 
-        checked = (check_text(text, i) for i, text in enumerate(texts))
-        blocks = self.run(checked, forward, show_progress_bar, length(texts))
-        results = [weigh(*row) for block in blocks for row in block]
+        results = [weigh(*row) for row in self.rows(texts, forward, show_progress_bar)]
         return results[0] if single else results
 
     def _encode_tokens(
@@ -216,11 +217,13 @@ class Embedder(Pipeline):
         def forward(batch: PackedBatch) -> list[Any]:
             x = self.network(batch, False)
             tokens = x.float().cpu().split(batch.seqlens)
+            checked = [row if row.isfinite().all() else None for row in tokens]
             if not everything:
-                return list(tokens)
-            vectors = finish(pooling.pool(x, batch, self.pooling.modes, skip), self.dense, unit, dim).cpu()
+                return checked
+            vectors = on_host(finish(pooling.pool(x, batch, self.pooling.modes, skip), self.dense, unit, dim))
             ids = batch.input_ids.cpu().long().split(batch.seqlens)
-            return list(zip(ids, tokens, vectors, strict=True))
+            rows = zip(ids, checked, vectors, strict=True)
+            return [row if all(part is not None for part in row) else None for row in rows]
 
         def result(row: Any) -> Any:
             if not everything:
@@ -233,16 +236,21 @@ class Embedder(Pipeline):
                 "sentence_embedding": vector,
             }
 
-        checked = (prompt + check_text(text, i) for i, text in enumerate(texts))
-        blocks = self.run(checked, forward, show_progress_bar, length(texts))
-        results = [result(row) for block in blocks for row in block]
+        blocks = self.run((prompt + text for text in texts), forward, show_progress_bar, length(texts))
+        results: list[Any] = []
+        with keeping(lambda: results, texts):
+            for block in blocks:
+                results += map(result, block)
         return results[0] if single else results
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> np.ndarray:
-        """(N, D) and (M, D) -> (N, M) by `similarity_fn_name`; distances (euclidean, manhattan) are negated."""
-        a, b = (torch.as_tensor(e).float().reshape(-1, np.shape(e)[-1]) for e in (embeddings1, embeddings2))
+        """(N, D) and (M, D) -> (N, M) by `similarity_fn_name`; distances (euclidean, manhattan) are negated. One vector
+        (D,) counts as (1, D), an empty list as (0, D)."""
+        a, b = _matrix(embeddings1), _matrix(embeddings2)
         if a.shape[1] != b.shape[1]:
-            raise ValueError(f"embeddings have {a.shape[1]} and {b.shape[1]} dimensions; they must have the same")
+            if len(a) and len(b):
+                raise ValueError(f"embeddings have {a.shape[1]} and {b.shape[1]} dimensions; they must have the same")
+            return np.zeros((len(a), len(b)), np.float32)
         if self.similarity_fn_name == "cosine":
             return (pooling.normalize(a) @ pooling.normalize(b).T).numpy()
         if self.similarity_fn_name == "dot":
@@ -262,22 +270,42 @@ class Embedder(Pipeline):
             raise OptionError(f"prompt_name is {name!r}; this model has {sorted(self.prompts) or 'no prompts'}")
         return "" if name is None else self.prompts[name]
 
+    @property
+    def truncate_dim(self) -> int | None:
+        """How many numbers of a vector are given, None for all. It may be set; OptionError for what it can't be."""
+        return self._truncate_dim
+
+    @truncate_dim.setter
+    def truncate_dim(self, value: int | None) -> None:
+        self._truncate_dim = self._check_dim(value)
+
     def _check_dim(self, dim: int | None) -> int | None:
-        if dim is not None and (type(dim) is not int or not 0 < dim <= self.dimension):
-            raise OptionError(f"truncate_dim is {dim}; it must be from 1 to {self.dimension}")
-        return dim
+        return None if dim is None else whole_number("truncate_dim", dim, 1, self.dimension)
 
 
-def _gather(stream: Iterator[np.ndarray], total: int | None, width: int) -> np.ndarray:
-    """The blocks in one array that is never copied: made whole where the length is known, else grown in place."""
-    out = np.empty((total or 0, width), np.float32)
+def _gather(stream: Iterator[np.ndarray], given: Given, width: int) -> np.ndarray:
+    """The blocks in one array that is never copied: made whole where the number of rows is sure, else grown in place.
+    It has the rows that the blocks have, whatever was thought before."""
+    out = np.empty((given.room, width), np.float32)
     filled = 0
-    for block in stream:
-        if filled + len(block) > len(out):
-            out.resize((filled + len(block), width), refcheck=False)
-        out[filled : filled + len(block)] = block
-        filled += len(block)
+    with keeping(lambda: out[:filled], given, streams=True):
+        for block in stream:
+            if filled + len(block) > len(out):
+                out.resize((filled + len(block), width), refcheck=False)
+            out[filled : filled + len(block)] = block
+            filled += len(block)
+    if filled < len(out):
+        out.resize((filled, width), refcheck=False)
     return out
+
+
+def _matrix(embeddings: Any) -> Tensor:
+    """(N, D), float32; of one vector (1, D); of nothing (0, 0). Raises ValueError for more than two dimensions."""
+    array = pooling.floats(embeddings, "embeddings")
+    if array.ndim not in (1, 2):
+        raise ValueError(f"embeddings have shape {array.shape}; it must be (N, dimension), or (dimension,) of one")
+    rows = array.reshape((0, 0) if array.shape == (0,) else (-1, array.shape[-1]) if array.ndim == 1 else array.shape)
+    return torch.from_numpy(np.require(rows, requirements=["W"]))  # torch warns of memory that it can't write to
 
 
 def _forward(model: Any, modes: Sequence[str], batch: PackedBatch, alone: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from .batch import PackedBatch
 from .heads import network_class
-from .pipeline import Checkpoint, Pipeline, check_text, length, listed, warn
-from .reading import CheckpointError, OptionError, shown
+from .inputs import check_text, keeping, length, listed
+from .pipeline import Checkpoint, Pipeline, keyworded, warn
+from .reading import CheckpointError, OptionError, shown, whole_number
 
 Prediction = dict[str, Any]
 _ROWS = 256  # [MASK]s whose logits, a vocabulary wide, are held at a time
@@ -34,6 +36,7 @@ class FillMask(Pipeline):
             raise CheckpointError(f"the tokenizer in {checkpoint.folder} has no mask token")
         self.mask_token = self.tokenizer.mask_token
 
+    @keyworded
     def predict(
         self,
         texts: str | Iterable[str],
@@ -52,11 +55,10 @@ class FillMask(Pipeline):
         Raises ValueError for a text without [MASK] (or whose [MASK] was cut off), naming it; OptionError for targets
         without any token.
         """
-        if not 0 < top_k <= self.config.vocab_size:
-            raise OptionError(f"top_k is {top_k}; it must be from 1 to {self.config.vocab_size}")
+        top_k = whole_number("top_k", top_k, 1, self.config.vocab_size)
         wanted = None if targets is None else self._target_ids(targets)
         best = top_k if wanted is None else min(top_k, len(wanted))
-        items, single = listed(texts, "texts")
+        items, single = listed(texts, "texts", self._check_mask)
 
         def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
             """(M, V) -> probabilities and tokens, (M, best) each."""
@@ -68,7 +70,7 @@ class FillMask(Pipeline):
             scores, places = probabilities[:, some].topk(best)
             return scores, some[places]
 
-        def forward(batch: PackedBatch) -> list[list[list[Prediction]]]:
+        def forward(batch: PackedBatch) -> list[list[list[Prediction]] | None]:
             network: Any = self.model
             where = batch.input_ids.eq(self.tokenizer.mask_token_id or 0).nonzero().flatten()
             hidden = self.network(batch)[where]  # the encoder once, the vocabulary's width in pieces
@@ -84,17 +86,18 @@ class FillMask(Pipeline):
             results: list[list[list[Prediction]]] = [[] for _ in batch.seqlens]
             for owner, predictions in zip(owners.tolist(), masks, strict=True):
                 results[owner].append(predictions)
-            return results
+            finite = [all(math.isfinite(best[0]["score"]) for best in text) for text in results]
+            return [text if fine else None for text, fine in zip(results, finite, strict=True)]
 
-        if isinstance(items, (list, tuple)):  # found before any work is done, not after
-            for i, text in enumerate(items):
-                self._check_mask(text, i)
-        checked = (self._check_mask(text, i) for i, text in enumerate(items))
-        filled = [row for block in self.run(checked, forward, show_progress_bar, length(items)) for row in block]
-        if [] in filled:
-            raise ValueError(
-                f"the {self.mask_token} of text {filled.index([])} lies beyond its first {self.max_seq_length} tokens"
-            )
+        filled: list[Any] = []
+        with keeping(lambda: filled, items):
+            for block in self.run(items, forward, show_progress_bar, length(items)):
+                if [] in block:
+                    i = len(filled) + block.index([])
+                    raise ValueError(
+                        f"the {self.mask_token} of text {i} lies beyond its first {self.max_seq_length} tokens"
+                    )
+                filled += block
         return filled[0] if single else filled
 
     __call__ = predict
@@ -103,8 +106,8 @@ class FillMask(Pipeline):
         """The targets' tokens, each once."""
         found: list[int] = []
         several: list[str] = []
-        for i, target in enumerate(listed(targets, "targets")[0]):
-            known = self.tokenizer.id_of(check_text(target, i))
+        for target in listed(targets, "targets")[0]:
+            known = self.tokenizer.id_of(target)
             ids = self.tokenizer.bare(target) if known is None else [known]
             found += ids[:1]
             if len(ids) != 1:

@@ -3,7 +3,6 @@ arXiv 2004.12832), as PyLate's and sentence-transformers' files say."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -15,8 +14,10 @@ from torch import Tensor
 
 from .batch import PackedBatch, pack
 from .heads import encoder_class
-from .pipeline import Checkpoint, Pipeline, check_text, length, listed
-from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown
+from .inputs import check_text, listed
+from .pipeline import Checkpoint, Pipeline, keyworded
+from .pooling import floats
+from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, read_json, shown, whole_number
 from .st_config import finish, length_limit, on_vectors
 
 # Of maxsim: the tokens of documents, and the dot products, that are in memory at a time, if one pair needs no more.
@@ -45,7 +46,7 @@ def maxsim(queries: Sequence[Any] | np.ndarray, documents: Sequence[Any] | np.nd
 
 
 def _checked(vectors: Any, name: str) -> list[np.ndarray]:
-    arrays = [np.asarray(x, np.float32) for x in ([vectors] if getattr(vectors, "ndim", 0) == 2 else vectors)]
+    arrays = [floats(x, name) for x in ([vectors] if getattr(vectors, "ndim", 0) == 2 else vectors)]
     for i, array in enumerate(arrays):
         if array.ndim != 2 or 0 in array.shape:
             raise ValueError(
@@ -95,34 +96,50 @@ class LateInteraction(Pipeline):
         self.skip_ids = {task: [i for i in found if i is not None] for task in late.skiplist_tasks}
 
         usual = length_limit(sentence, checkpoint.folder, config.max_position_embeddings)
-        self.query_length = (late.query_length or usual) if query_length is None else query_length
-        bare = len(self.tokenizer.encode([""])[0][0])
-        # Where queries are cut to the length that they are padded to, one number stands for both.
-        self.padded_length = self.query_length if late.padded_length == late.query_length else late.padded_length
-        longest = max(usual, config.max_position_embeddings)
-        if self.query_length <= bare or max(self.query_length, self.padded_length) > longest:
-            raise (CheckpointError if query_length is None else OptionError)(
-                f"query_length is {self.query_length}, the expansion's length {self.padded_length}; they must be over "
-                f"{bare}, the special tokens, and no more than {longest}, what the model has positions for"
-            )
+        self._late, self._longest, self.pads_left = late, max(usual, config.max_position_embeddings), False
+        try:
+            self.query_length = (late.query_length or usual) if query_length is None else query_length
+        except OptionError as error:
+            raise (CheckpointError if query_length is None else OptionError)(str(error)) from None
         self.attends = late.attends
         if self.padded_length:
             self.padding_id = self._find_padding(late.padding_token, checkpoint.folder)
 
+    @property
+    def query_length(self) -> int:
+        """The most tokens of a query, special ones included. It may be set; OptionError for what it can't be."""
+        return self._query_length
+
+    @query_length.setter
+    def query_length(self, value: int) -> None:
+        value = whole_number("query_length", value)
+        # Where queries are cut to the length that they are padded to, one number stands for both.
+        padded = value if self._late.padded_length == self._late.query_length else self._late.padded_length
+        bare = len(self.tokenizer.encode([""])[0][0])
+        if value <= bare or max(value, padded) > self._longest:
+            raise OptionError(
+                f"query_length is {value}, the expansion's length {padded}; they must be over "
+                f"{bare}, the special tokens, and no more than {self._longest}, what the model has positions for"
+            )
+        if self.pads_left:
+            self._check_left(padded, "query_length")
+        self._query_length, self.padded_length = value, padded
+
+    @keyworded
     def encode_queries(self, texts: str | Iterable[str], *, show_progress_bar: bool | None = None) -> Any:
         """A list of float32 arrays (tokens, dimension), one a text in their order; of one string, one array.
 
         Longer queries are cut to `query_length` tokens. Those that pad a shorter one have vectors, too, and count in
         `maxsim`. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode.
         """
-        asking = copy.copy(self)
-        asking.tokenizer = copy.copy(self.tokenizer)
-        asking.max_seq_length = asking.tokenizer.max_length = self.query_length
+        batch_tokens = self.batch_tokens
         if self.padded_length:  # batches are planned before it, and no query is shorter than the prompt alone
-            shortest = len(self.tokenizer.encode([self.prompts["query"]])[0][0])
-            asking.batch_tokens = max(1, self.batch_tokens * shortest // max(shortest, self.padded_length))
-        return asking._encode("query", texts, show_progress_bar)
+            shortest = len(self.tokenizer.encode([self.prompts["query"]], 0, self.query_length)[0][0])
+            batch_tokens = max(1, batch_tokens * shortest // max(shortest, self.padded_length))
+        limits = {"max_length": self.query_length, "batch_tokens": batch_tokens}
+        return self._encode("query", texts, show_progress_bar, **limits)
 
+    @keyworded
     def encode_documents(self, texts: str | Iterable[str], *, show_progress_bar: bool | None = None) -> Any:
         """As encode_queries; cut to `max_seq_length` tokens. Tokens of the repository's skip list (mostly punctuation)
         have no vector."""
@@ -139,18 +156,16 @@ class LateInteraction(Pipeline):
             scores /= np.array([len(query) for query in asked], np.float32)[:, None]
         return scores
 
-    def _encode(self, task: str, texts: str | Iterable[str], show_progress_bar: bool | None) -> Any:
-        items, single = listed(texts, "texts")
+    def _encode(self, task: str, texts: str | Iterable[str], show_progress_bar: bool | None, **limits: int) -> Any:
+        given, single = listed(texts, "texts", lambda text, i: self.prompts[task] + check_text(text, i))
         pads = task == "query" and self.padded_length > 0
 
-        def forward(batch: PackedBatch) -> Iterator[np.ndarray]:
+        def forward(batch: PackedBatch) -> Iterator[np.ndarray | None]:
             batch = self._pad(batch) if pads else batch
             x = finish(self.network(batch).float(), self.dense, self.normalizes, None)
             return _split(x, batch, self.skip_ids.get(task, []), in_order=not (pads and self.pads_left))
 
-        prompted = (self.prompts[task] + check_text(text, i) for i, text in enumerate(items))
-        blocks = self.run(prompted, forward, show_progress_bar, length(items))
-        results = [row for block in blocks for row in block]
+        results = self.rows(given, forward, show_progress_bar, **limits)
         return results[0] if single else results
 
     def _pad(self, batch: PackedBatch) -> PackedBatch:
@@ -180,22 +195,32 @@ class LateInteraction(Pipeline):
         if side not in (None, "right", "left"):
             raise CheckpointError(f"{path}: padding_side is {shown(side)}; it must be 'right' or 'left'")
         self.pads_left = side == "left"
-        window = getattr(self.config, "local_attention", 2 * self.padded_length) // 2
-        if self.pads_left and self.padded_length > window + 1:
-            raise CheckpointError(
-                f"{path}: padding_side is 'left', and queries are padded to {self.padded_length} tokens; that is "
-                f"supported up to {window + 1}, which all layers see from end to end"
-            )
+        if self.pads_left:
+            try:
+                self._check_left(self.padded_length, str(path))
+            except OptionError as error:
+                raise CheckpointError(str(error)) from None
         return found
 
+    def _check_left(self, padded: int, source: str) -> None:
+        window = getattr(self.config, "local_attention", 2 * padded) // 2
+        if padded > window + 1:
+            raise OptionError(
+                f"{source}: padding_side is 'left', and queries are padded to {padded} tokens; that is "
+                f"supported up to {window + 1}, which all layers see from end to end"
+            )
 
-def _split(x: Tensor, batch: PackedBatch, skip: list[int], in_order: bool) -> Iterator[np.ndarray]:
-    """(T, dimension) -> an array of each sequence, by position, without the tokens `skip`. Waits for the device when it
-    is read."""
+
+def _split(x: Tensor, batch: PackedBatch, skip: list[int], in_order: bool) -> Iterator[np.ndarray | None]:
+    """(T, dimension) -> an array of each sequence, by position, without the tokens `skip`; None for one that is not
+    finite. Waits for the device when it is read."""
     vectors, ids, positions = (tensor.cpu().numpy() for tensor in (x, batch.input_ids, batch.position_ids))
-    keep = ~np.isin(ids, skip)
+    keep, finite = ~np.isin(ids, skip), np.isfinite(vectors).all()
     for start, end in pairwise(accumulate(batch.seqlens, initial=0)):
         rows, kept = vectors[start:end], keep[start:end]
+        if not finite and not np.isfinite(rows).all():
+            yield None
+            continue
         if not in_order:
             order = positions[start:end].argsort()
             rows, kept = rows[order], kept[order]

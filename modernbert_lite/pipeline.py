@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import FrameType
+from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +22,14 @@ from .batch import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, PackedBatch, pack, plan_b
 from .config import Config, GteConfig, read_config
 from .graphs import MAX_TOKENS, Graphed
 from .heads import use
-from .reading import CheckpointError, OptionError
+from .inputs import brief, check_text, keeping, length, listed
+from .reading import CheckpointError, OptionError, shown, whole_number
 from .st_config import SentenceConfig, length_limit, read_sentence_config
 from .threads import bound_tokenizer, set_threads
 from .tokenizer import Text, Tokenizer
 from .weights import find_checkpoint, load_weights, network_folder, stores
 
+__all__ = ["Checkpoint", "Pipeline", "check_text", "keyworded", "length", "listed", "on_host", "warn"]
 ON_LONG = ("truncate", "error")
 # A window of texts is read, sorted and embedded at a time: this bounds memory, whatever the input's length.
 _WINDOW_TEXTS, _WINDOW_CHARACTERS = 4_096, 1 << 20
@@ -40,11 +45,49 @@ _HINTS = {
     "document_length": "it is max_seq_length here",
     "batch_size": "batches are of so many tokens here: batch_tokens",
 }
+# The same for what is called after loading.
+_CALL_HINTS = {
+    "batch_size": "batches are of so many tokens here: batch_tokens, of from_pretrained or of the model",
+    "convert_to_tensor": "results are numpy arrays here: torch.from_numpy makes a tensor of one",
+    "convert_to_numpy": "leave it out, results are numpy arrays here",
+    "device": "it is an option of from_pretrained here",
+    "max_length": "set max_seq_length, of from_pretrained or of the model",
+    "max_seq_length": "set it on the model, or give it to from_pretrained",
+    "truncation": "texts over max_seq_length are cut; on_long='error' of from_pretrained refuses them",
+    "padding": "leave it out, nothing is padded here",
+    "normalize": "it is normalize_embeddings here",
+    "dimensions": "it is truncate_dim here",
+    "activation_fct": "it is activation_fn here",
+    "instruction": "it is prompt here",
+    "is_query": "queries and documents have methods of their own here: encode_queries, encode_documents",
+    **dict.fromkeys(
+        ("pool", "chunk_size", "num_workers"), "one process computes here; open the model in each of several"
+    ),
+}
 _STRONGER_MODEL = "Alibaba-NLP/gte-modernbert-base"
 
 P = TypeVar("P", bound="Pipeline")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Args = ParamSpec("Args")
+
+
+def keyworded(method: Callable[Args, Result]) -> Callable[Args, Result]:
+    """The method, which answers a keyword of another library with what it is here. Raises TypeError for it."""
+    known = inspect.signature(method).parameters
+
+    @functools.wraps(method)
+    def call(*args: Args.args, **kwargs: Args.kwargs) -> Result:
+        for name in kwargs:
+            if name not in known:
+                raise _unknown(method.__qualname__, name, _CALL_HINTS)
+        return method(*args, **kwargs)
+
+    return call
+
+
+def _unknown(where: str, name: str, hints: dict[str, str]) -> TypeError:
+    return TypeError(f"{where} has no option {name!r}" + (f": {hints[name]}" if name in hints else ""))
 
 
 @dataclass(frozen=True)
@@ -130,18 +173,18 @@ class Pipeline:
         """
         for name in own:
             if name not in cls.own_options:
-                hint = f": {_HINTS[name]}" if name in _HINTS else ""
-                raise TypeError(f"{cls.__name__}.from_pretrained has no option {name!r}{hint}")
+                raise _unknown(f"{cls.__name__}.from_pretrained", name, _HINTS)
         set_threads(threads)
         if path_or_id is None:
             if cls.default_model is None:
                 raise TypeError(f"{cls.__name__}.from_pretrained needs a model: a folder or a hub id")
             path_or_id = cls.default_model
-            print(
+            note = (
                 f"modernbert-lite: using the bundled model {path_or_id!r} (English, 384 dimensions). A stronger one: "
-                f"{_STRONGER_MODEL} (--model in the shell, the first argument in Python).",
-                file=sys.stderr,
+                f"{_STRONGER_MODEL} (--model in the shell, the first argument in Python)."
             )
+            if sys.stderr is not None:  # which print would take for standard output
+                print(note, file=_Lenient(sys.stderr))
         return cls(
             Checkpoint.find(path_or_id, revision=revision, token=token, local_files_only=local_files_only),
             device=device,
@@ -165,20 +208,18 @@ class Pipeline:
         on_long: str,
         cuda_graphs: bool,
     ):
-        if on_long not in ON_LONG:
-            raise OptionError(f"on_long is {on_long!r}; it must be one of {', '.join(ON_LONG)}")
-        if batch_tokens is not None and batch_tokens < 1:
-            raise OptionError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+        self.on_long = on_long
+        self.batch_tokens = CPU_BATCH_TOKENS if batch_tokens is None else batch_tokens
         config = checkpoint.config
         longest = length_limit(checkpoint.sentence, checkpoint.folder, config.max_position_embeddings)
+        longest = longest if max_seq_length is None else max_seq_length
         self.config = config
-        self.max_seq_length = longest if max_seq_length is None else max_seq_length
-        self.on_long = on_long
-        self.tokenizer = Tokenizer(checkpoint.folder, self.max_seq_length, checkpoint.sentence.lower_case)
+        self.tokenizer = Tokenizer(checkpoint.folder, longest, checkpoint.sentence.lower_case)
         self.typed = self.tokenizer.has_types and isinstance(config, GteConfig) and config.type_vocab_size > 1
         self.model = load_weights(network, config, checkpoint.folder, device=device, dtype=dtype)
         on_cpu = self.device.type == "cpu"
-        self.batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
+        if batch_tokens is None and not on_cpu:
+            self.batch_tokens = GPU_BATCH_TOKENS
         self.max_graph_tokens = MAX_TOKENS if cuda_graphs else 0
         if on_cpu:
             bound_tokenizer()
@@ -191,6 +232,35 @@ class Pipeline:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config.architecture}, {self.max_seq_length} tokens, {self.device})"
+
+    @property
+    def max_seq_length(self) -> int:
+        """The most tokens of a text, special ones included. It may be set; OptionError for what it can't be."""
+        return self.tokenizer.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.tokenizer.max_length = value
+
+    @property
+    def batch_tokens(self) -> int:
+        """The most tokens of a batch. It may be set, as max_seq_length."""
+        return self._batch_tokens
+
+    @batch_tokens.setter
+    def batch_tokens(self, value: int) -> None:
+        self._batch_tokens = whole_number("batch_tokens", value)
+
+    @property
+    def on_long(self) -> str:
+        """What becomes of texts over max_seq_length, "truncate" or "error". It may be set, as max_seq_length."""
+        return self._on_long
+
+    @on_long.setter
+    def on_long(self, value: str) -> None:
+        if value not in ON_LONG:
+            raise OptionError(f"on_long is {shown(value)}; it must be one of {', '.join(ON_LONG)}")
+        self._on_long = value
 
     @property
     def device(self) -> torch.device:
@@ -207,41 +277,64 @@ class Pipeline:
         forward: Callable[[PackedBatch], Any],
         show_progress_bar: bool | None,
         total: int | None,
+        *,
+        max_length: int | None = None,
+        batch_tokens: int | None = None,
     ) -> Iterator[list[Any]]:
         """Lists of results in the order of the texts, one list a window; `forward` gives one result
-        a sequence (a list of B, or a tensor on any device).
+        a sequence: a tensor of B rows on any device, or B of anything, None for one that is not finite. max_length,
+        batch_tokens: instead of the model's max_seq_length and batch_tokens.
 
-        Texts longer than max_seq_length are cut and counted in one warning at the end (on_long "truncate"), or are a
-        ValueError ("error")."""
+        Texts longer than max_length are cut and counted in one warning at the end, or before the first one is
+        computed where warnings are errors (on_long "truncate"), or are a ValueError ("error"). Raises ValueError for a
+        result that is not finite, naming the text.
+        """
+        limits = (max_length or self.max_seq_length, batch_tokens or self.batch_tokens)
         seen = truncated = 0
         with closing(_progress(total, show_progress_bar)) as bar:
             for window in _windows(texts):
                 results: list[Any] = [None] * len(window)
-                with closing(self._batches(window, seen, forward)) as batches:
+                with closing(self._batches(window, seen, forward, *limits)) as batches:
                     for group, rows, cut in _one_behind(batches):
-                        for i, row in zip(group, rows.cpu() if isinstance(rows, Tensor) else rows, strict=True):
+                        for i, row in zip(group, on_host(rows) if isinstance(rows, Tensor) else rows, strict=True):
+                            if row is None:
+                                raise self._not_finite(window[i], seen + i)
                             results[i] = row
                         bar.update(len(group))
                         truncated += cut
                 seen += len(window)
                 yield results
         if truncated:
-            warn(f"{truncated} of {seen} texts were longer than {self.max_seq_length} tokens and were cut")
+            warn(_were_cut(truncated, seen, limits[0]))
+
+    def rows(
+        self,
+        texts: Iterable[Text],
+        forward: Callable[[PackedBatch], Any],
+        show_progress_bar: bool | None,
+        **limits: Any,
+    ) -> list[Any]:
+        """The results of `run` in one list. An error carries those that were finished, see `keeping`."""
+        rows: list[Any] = []
+        with keeping(lambda: rows, texts):
+            for block in self.run(texts, forward, show_progress_bar, length(texts), **limits):
+                rows += block
+        return rows
 
     def _batches(
-        self, window: list[Text], first: int, forward: Callable[[PackedBatch], Any]
+        self, window: list[Text], first: int, forward: Callable[[PackedBatch], Any], max_length: int, batch_tokens: int
     ) -> Generator[tuple[list[int], Any, int]]:
         """(texts' places in the window, their results, how many more were cut), long texts first. `first`: the number
         of the window's first text."""
 
         def encode(piece: list[int]) -> tuple[list[tuple[list[int], list[int]]], int]:
             try:
-                ids, types, cut = self.tokenizer.encode_typed([window[i] for i in piece])
+                ids, types, cut = self.tokenizer.encode_typed([window[i] for i in piece], 0, max_length)
             except ValueError:
-                self._refuse(window, first)
+                self._refuse(window, first, max_length)
                 raise
             if cut and self.on_long == "error":
-                self._refuse(window, first)
+                self._refuse(window, first, max_length)
             return list(zip(ids, types, strict=True)), cut
 
         pieces = _pieces(window)
@@ -251,41 +344,95 @@ class Pipeline:
             for piece, (sequences, more) in zip(pieces, encoded, strict=True):
                 waiting.update(zip(piece, sequences, strict=True))
                 cut += more
+                if more:  # at the end of the work a warning that is an error would take it all along
+                    warn(_were_cut(cut, first + len(window), max_length), only_as_error=True)
                 places = list(waiting)
                 groups = [
                     [places[i] for i in group]
-                    for group in plan_batches([len(ids) for ids, _ in waiting.values()], self.batch_tokens)
+                    for group in plan_batches([len(ids) for ids, _ in waiting.values()], batch_tokens)
                 ]
                 if piece is not pieces[-1]:
                     groups.pop()  # it may have room for some of the next piece
                 for group in groups:
                     ids, types = zip(*(waiting.pop(i) for i in group), strict=True)
-                    with torch.inference_mode():
+                    # Around this call there may be an autocast: the numbers are the model's own, whatever it says.
+                    with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
                         rows = forward(pack(ids, self.device, types if self.typed else None))
                     yield group, rows, cut
                     cut = 0
 
-    def _refuse(self, window: list[Text], first: int) -> None:
+    def _refuse(self, window: list[Text], first: int, max_length: int) -> None:
         """Raises the error of the first text of a window that has one."""
         for i, text in enumerate(window, first):
-            if self.tokenizer.encode([text], i)[1] and self.on_long == "error":
+            if self.tokenizer.encode([text], i, max_length)[1] and self.on_long == "error":
                 raise ValueError(
-                    f"text {i} is longer than {self.max_seq_length} tokens, and on_long is 'error'; "
+                    f"text {i} is longer than {max_length} tokens, and on_long is 'error'; "
                     "shorten it, or let it be cut with on_long='truncate'"
                 )
 
+    def _not_finite(self, text: Text, i: int) -> ValueError:
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        advice = {
+            "float16": "its largest number is 65504: load the model with dtype='float32' or 'bfloat16'",
+            "bfloat16": "load the model with dtype='float32'",
+        }.get(dtype, "the checkpoint's weights are damaged, or too large to compute with")
+        return ValueError(f"the result of text {i}, {brief(text)}, is not finite in {dtype}; {advice}")
+
+
+def on_host(rows: Tensor, values: Tensor | None = None) -> Iterator[Tensor | None]:
+    """Rows (B, ..) as tensors on the host; None for one that is not finite, or whose `values` (B, ..) are not. Waits
+    for the device when it is read."""
+    host = rows.cpu()
+    checked = host if values is None else values.cpu()
+    finite = checked.isfinite().reshape(len(checked), -1).all(1).tolist()
+    return (row if fine else None for row, fine in zip(host, finite, strict=True))
+
+
+class _Started(Generic[Result]):
+    """function(item) in a thread; at once, where none can be started: at the interpreter's end, or at a limit."""
+
+    def __init__(self, function: Callable[[Item], Result], item: Item):
+        self.values: list[Result] = []
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._call, args=(function, item), name="modernbert-lite: tokenizing")
+        try:
+            self.thread.start()
+        except RuntimeError:
+            self._call(function, item)
+
+    def _call(self, function: Callable[[Item], Result], item: Item) -> None:
+        try:
+            self.values.append(function(item))
+        except BaseException as error:  # noqa: BLE001  it is raised where the result is asked for
+            self.error = error
+
+    def end(self) -> None:
+        if self.thread.ident is not None:
+            self.thread.join()
+
+    def result(self) -> Result:
+        self.end()
+        if self.error is not None:
+            raise self.error
+        return self.values[0]
+
 
 def _one_ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result]:
-    """function(item) of each; while the caller works on one, a thread makes the next. Closed, it leaves no thread."""
+    """function(item) of each; while the caller works on one, a thread makes the next. Closed, it leaves no thread.
+
+    No pool: concurrent.futures refuses work once the main thread has ended, though others go on."""
     if len(items) < 2:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(1) as thread:
-        made = thread.submit(function, items[0])
+    made = _Started(function, items[0])
+    try:
         for item in items[1:]:
-            result, made = made.result(), thread.submit(function, item)
+            result = made.result()
+            made = _Started(function, item)
             yield result
         yield made.result()
+    finally:
+        made.end()
 
 
 def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
@@ -298,35 +445,37 @@ def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
     yield from kept
 
 
-def warn(message: str) -> None:
-    """A UserWarning that points at the first caller outside this package."""
+def warn(message: str, only_as_error: bool = False) -> None:
+    """A UserWarning that points at the first caller outside this package. only_as_error: nothing, unless it raises."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    if only_as_error and not _raises(message, frame):
+        return
+    try:
+        warnings.warn(message, stacklevel=level)
+    except UserWarning:
+        raise
+    except Exception:  # noqa: BLE001  a stderr that is closed is no reason to lose the work
+        return
 
 
-def listed(texts: Any, name: str) -> tuple[Iterable[str], bool]:
-    """What a user gave for texts, as an iterable, and whether it was one string. Raises TypeError for anything else,
-    for a dict, whose keys would be taken, and for an item of a list that is no string: before any work, not after."""
-    if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
-        raise TypeError(f"{name} is {type(texts).__name__}; it must be a str or an iterable of str")
-    if isinstance(texts, (list, tuple)):
-        for i, text in enumerate(texts):
-            check_text(text, i)
-    return ([texts], True) if isinstance(texts, str) else (texts, False)
+def _were_cut(count: int, of: int, max_length: int) -> str:
+    return f"{count} of {of} texts were longer than {max_length} tokens and were cut"
 
 
-def check_text(text: object, i: int) -> str:
-    """`text`, if it is a string. Raises TypeError saying which one is not, and what it is."""
-    if not isinstance(text, str):
-        raise TypeError(f"text {i} is {type(text).__name__} ({text!r:.60}); each text must be a str")
-    return text
-
-
-def length(items: object) -> int | None:
-    """How many items there are, if that can be known without reading them."""
-    return len(items) if isinstance(items, Sized) else None
+def _raises(message: str, frame: FrameType) -> bool:
+    """Whether a UserWarning of this message is an error there, by the filters, of which the first that fits counts."""
+    module = frame.f_globals.get("__name__") or "<unknown>"
+    for action, text, category, place, line in warnings.filters:
+        if (
+            issubclass(UserWarning, category)
+            and (text is None or text.match(message))
+            and (place is None or place.match(module))
+            and line in (0, frame.f_lineno)
+        ):
+            return action == "error"
+    return False
 
 
 def _characters(text: Text) -> int:
@@ -359,9 +508,38 @@ def _windows(texts: Iterable[Text]) -> Iterator[list[Text]]:
         yield window
 
 
+class _Lenient:
+    """A stream for notes: what it can't write is lost, and nothing else is."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(Exception):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(Exception):
+            self.stream.flush()
+
+
+class _NoBar:
+    def update(self, _: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _progress(total: int | None, show: bool | None) -> Any:
     """A bar on stderr, after a second of work; None: only where stderr is a terminal."""
+    try:
+        shown = sys.stderr is not None and (sys.stderr.isatty() if show is None else show)
+    except Exception:  # noqa: BLE001  closed, or no more than something to write to
+        shown = False
+    if not shown:  # without tqdm, whose bars have a lock and a thread, drawn or not
+        return _NoBar()
     from tqdm import tqdm  # comes with huggingface-hub
 
-    shown = sys.stderr.isatty() if show is None else show
-    return tqdm(total=total, desc="texts", disable=not shown, delay=1.0 if show is None else 0.0, file=sys.stderr)
+    return tqdm(total=total, desc="texts", delay=1.0 if show is None else 0.0, file=_Lenient(sys.stderr))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,17 +117,43 @@ def normalize(x: Tensor) -> Tensor:
     return F.normalize(x, p=2.0, dim=-1, eps=1e-12)
 
 
+def floats(values: Any, name: str) -> np.ndarray:
+    """An array, a tensor on any device, or a list of numbers or of those, as float32. Raises TypeError, or ValueError
+    for rows of different lengths."""
+    if isinstance(values, (list, tuple)) and any(isinstance(value, Tensor) for value in values):
+        values = [floats(value, name) for value in values]
+    if isinstance(values, Tensor):
+        return values.detach().float().cpu().numpy()
+    try:
+        return np.asarray(values, np.float32)
+    except TypeError as error:
+        raise TypeError(f"{name} can't be read as numbers: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{name} can't be read as numbers, in rows of one length: {error}") from None
+
+
 def quantize_embeddings(embeddings: np.ndarray, precision: str, ranges: np.ndarray | None = None) -> np.ndarray:
     """(N, C) float -> the precision, as sentence-transformers defines it.
 
     int8, uint8: each dimension's range is cut in 255 steps; `ranges` is (2, C), the minima and maxima of a calibration
     set (without it: of these embeddings, of which there must be two or more). binary, ubinary: the signs, eight to a
-    byte, (N, ceil(C / 8)) int8 or uint8. Raises ValueError for an unknown precision, or ranges of another shape.
+    byte, (N, ceil(C / 8)) int8 or uint8. Raises ValueError for an unknown precision, ranges of another shape, and
+    embeddings that are not finite in the precision, naming the first.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
-    if precision in ("float32", "float16"):
-        return embeddings.astype(precision, copy=False)
+    embeddings = floats(embeddings, "embeddings")
+    if precision == "float32":
+        return embeddings
+    if precision == "float16":
+        with np.errstate(over="ignore"):
+            embeddings = embeddings.astype(np.float16)
+    for i in range(0, len(embeddings), 4096):
+        finite = np.isfinite(embeddings[i : i + 4096]).reshape(len(embeddings[i : i + 4096]), -1).all(1)
+        if not finite.all():
+            raise ValueError(f"embedding {i + int(finite.argmin())} is not finite in {precision}")
+    if precision == "float16":
+        return embeddings
     if precision.endswith("binary"):
         bits = np.packbits(embeddings > 0, axis=-1)
         return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)

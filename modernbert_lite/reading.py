@@ -6,6 +6,7 @@ Needs no torch, so that `modernbert-lite info` and error messages stay quick.
 from __future__ import annotations
 
 import json
+import operator
 import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,18 @@ class OptionError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing something, is damaged, or asks for what this package can't do."""
+
+
+def whole_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """An option's value as an int: Python's or numpy's integers, no bool. Raises OptionError for any other value."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise OptionError(f"{name} is {shown(value)}; it must be {allowed}" + (", a whole number" * (number is None)))
+    return number
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:

@@ -13,12 +13,11 @@ from torch import Tensor
 from . import pooling
 from .batch import PackedBatch
 from .heads import encoder_class, network_class
-from .pipeline import Checkpoint, Pipeline, check_text, length
-from .reading import OptionError
+from .inputs import Pair, brief, check_pair, check_text_or_pair, listed
+from .pipeline import Checkpoint, Pipeline, keyworded, on_host
+from .reading import OptionError, whole_number
 from .st_config import Dense, Norm, Pooling, finish, on_vectors, score_activation
 from .tokenizer import Text
-
-Pair = tuple[str, str]
 
 
 class Reranker(Pipeline):
@@ -42,6 +41,7 @@ class Reranker(Pipeline):
         named = checkpoint.sentence.activation_fn or self.config.activation_fn
         self.activation_fn = score_activation(named or ("Sigmoid" if len(self.labels) == 1 else "Identity"))
 
+    @keyworded
     def predict(
         self,
         pairs: Pair | str | Sequence[str] | Iterable[Text],
@@ -56,27 +56,30 @@ class Reranker(Pipeline):
         among the items is a text. But ["a", "b"], two strings, is one pair: of two texts use Classifier.
         activation_fn: on the logits; a function or a name ("identity", "sigmoid"); None: what the checkpoint names,
         else the sigmoid for one label and nothing for more. apply_softmax: over the labels, if there are several.
-        Raises TypeError or ValueError for an item that is not two strings.
+        Raises TypeError or ValueError for an item that is not two strings, or whose logits are not finite.
         """
-        single = isinstance(pairs, str) or (
-            isinstance(pairs, (list, tuple)) and len(pairs) == 2 and all(isinstance(p, str) for p in pairs)
-        )
+        single = isinstance(pairs, str) or _is_pair(pairs)
         items: Any = [pairs] if single else pairs
-        activate = score_activation(activation_fn, OptionError) if isinstance(activation_fn, str) else activation_fn
-        activate = activate or self.activation_fn
+        check = check_text_or_pair if len(self.labels) > 1 else _check_pair
+        given, _ = listed(items, "pairs", check, "two strings, or an iterable of such pairs", dimensions=2)
+        named = self.activation_fn if activation_fn is None else activation_fn
+        activate = score_activation(named, OptionError) if isinstance(named, str) else named
 
-        def forward(batch: PackedBatch) -> Tensor:
-            scores = activate(self.network(batch).float())
+        def forward(batch: PackedBatch) -> Iterator[Tensor | None]:
+            logits = self.network(batch).float()
+            scores = activate(logits)
             if len(self.labels) == 1:
-                return scores.squeeze(-1)
-            return torch.softmax(scores, -1) if apply_softmax else scores
+                scores = scores.squeeze(-1)
+            elif apply_softmax:
+                scores = torch.softmax(scores, -1)
+            return on_host(scores, logits)  # a sigmoid hides an infinite one
 
-        texts = _pairs(items, len(self.labels) > 1)
-        rows = [row for block in self.run(texts, forward, show_progress_bar, length(items)) for row in block]
+        rows = self.rows(given, forward, show_progress_bar)
         shape = () if len(self.labels) == 1 else (len(self.labels),)
         scores = torch.stack(rows).numpy() if rows else np.empty((0, *shape), np.float32)
         return scores[0] if single else scores
 
+    @keyworded
     def rank(
         self,
         query: str,
@@ -94,9 +97,13 @@ class Reranker(Pipeline):
             raise OptionError(
                 f"this model has {len(self.labels)} labels; rank needs one of a single label. Use predict"
             )
+        if not isinstance(query, str):
+            raise TypeError(f"query is {brief(query)}; it must be a str")
         if isinstance(documents, str):
             raise TypeError("documents is a str; it must be a list or another iterable of them")
-        documents = list(documents)
+        if top_k is not None:
+            top_k = whole_number("top_k", top_k)
+        documents = list(listed(documents, "documents", what="a list or another iterable of str")[0])
         scores = self.predict([(query, document) for document in documents], show_progress_bar=show_progress_bar)
         return ranked(scores, documents, top_k, return_documents)
 
@@ -107,8 +114,8 @@ def _pool_and_score(encoder: Any, modes: Sequence[str], head: list[Dense | Norm]
 
 def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_documents: bool) -> list[dict[str, Any]]:
     """Scores (N,) and their documents -> the best `top_k`, best first."""
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    if top_k is not None:
+        top_k = whole_number("top_k", top_k)
     order = np.argsort(-scores, kind="stable")[:top_k]
     results: list[dict[str, Any]] = [{"corpus_id": int(i), "score": float(scores[i])} for i in order]
     if return_documents:
@@ -117,13 +124,13 @@ def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_d
     return results
 
 
-def _pairs(items: Iterable[Any], texts: bool) -> Iterator[Text]:
-    """texts: single ones are taken, too."""
-    for i, item in enumerate(items):
-        if isinstance(item, str) and texts:
-            yield item
-        elif isinstance(item, (list, tuple)) and len(item) == 2:
-            yield check_text(item[0], i), check_text(item[1], i)
-        else:
-            hint = "; for single texts open the model with Classifier" if isinstance(item, str) else ""
-            raise TypeError(f"pair {i} is {type(item).__name__} ({item!r:.60}); each must be two strings{hint}")
+def _check_pair(pair: object, i: int) -> Pair:
+    """As check_pair; the error of a single text says which class takes it."""
+    if isinstance(pair, str):
+        raise TypeError(f"pair {i} is {brief(pair)}; each must be two strings. Classifier takes single texts")
+    return check_pair(pair, i)
+
+
+def _is_pair(pairs: Any) -> bool:
+    listed = isinstance(pairs, (list, tuple)) or (isinstance(pairs, np.ndarray) and pairs.ndim == 1)
+    return listed and len(pairs) == 2 and all(isinstance(text, str) for text in pairs)

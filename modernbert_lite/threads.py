@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from .reading import OptionError
+from . import rotary
+from .reading import OptionError, shown
 
 VARIABLE = "MODERNBERT_LITE_THREADS"
 _TOKENIZER = "RAYON_NUM_THREADS"  # read when the tokenizers library first tokenizes a batch
 _ours: str | None = None  # what was set here for the tokenizer, and so may be set again
+_watching = False  # whether forks are
+_forked = False  # whether this process is a fork of one that had loaded a model
 
 
 def available(root: Path = Path("/")) -> int:
@@ -28,16 +33,25 @@ def set_threads(threads: int | None) -> None:
     Raises OptionError for a number that is not from 1 to the available processors."""
     most, name, value = available(), "threads", threads
     text = os.environ.get(VARIABLE, "").strip()
-    if threads is None and text:
-        name, value = VARIABLE, int(text) if text.isdecimal() and len(text) < 10 else None
-    elif threads is None:
+    if threads is None and (_forked or not text):
         if torch.get_num_threads() > most:
             torch.set_num_threads(most)
         return
-    if type(value) is not int or not 1 <= value <= most:
-        got = repr(threads) if name == "threads" else repr(text)
+    if threads is None:
+        name, value = VARIABLE, int(text) if text.isdecimal() and len(text) < 10 else None
+    try:
+        value = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        value = None
+    if value is None or not 1 <= value <= most:
+        got = shown(threads if name == "threads" else text)
         raise OptionError(
             f"{name} is {got:.60}; it must be a whole number from 1 to {most}, the processors that this process may use"
+        )
+    if _forked and value > 1:
+        raise OptionError(
+            f"threads is {value}; a process that was forked after a model was loaded computes with one thread. Start "
+            "it by 'spawn' or 'forkserver' instead, or load models in it only"
         )
     torch.set_num_threads(value)
     bound_tokenizer()
@@ -48,6 +62,23 @@ def bound_tokenizer() -> None:
     global _ours
     if os.environ.get(_TOKENIZER) in (None, _ours):
         os.environ[_TOKENIZER] = _ours = str(torch.get_num_threads())
+
+
+def survive_forks() -> None:
+    """From now on, forked processes compute. (Of the threads of OpenMP and of the tokenizer they have none, and would
+    wait for them for ever: they compute with one thread.)"""
+    global _watching
+    if not _watching and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork)
+        _watching = True
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    rotary._making = threading.RLock()  # another thread may have held it, which isn't there
 
 
 def _quotas(root: Path) -> Iterator[int]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .batch import PackedBatch
 from .heads import network_class
-from .pipeline import Checkpoint, Pipeline, check_text, length, listed
+from .inputs import keeping, length, listed
+from .pipeline import Checkpoint, Pipeline, keyworded
 from .reading import OptionError, shown
 from .tokenizer import Span
 
@@ -41,6 +42,7 @@ class TokenClassifier(Pipeline):
         self.network = self.graphed(self.model)
         self.labels = self.config.labels
 
+    @keyworded
     def predict(
         self,
         texts: str | Iterable[str],
@@ -74,19 +76,21 @@ class TokenClassifier(Pipeline):
         waiting: list[str] = []
 
         def read() -> Iterator[str]:
-            for i, text in enumerate(items):
-                waiting.append(check_text(text, i))
+            for text in items:
+                waiting.append(text)
                 yield text
 
-        def forward(batch: PackedBatch) -> list[Tensor]:
-            return list(self.network(batch).float().softmax(-1).cpu().split(batch.seqlens))
+        def forward(batch: PackedBatch) -> list[Tensor | None]:
+            rows = self.network(batch).float().cpu().split(batch.seqlens)
+            return [row.softmax(-1) if row.isfinite().all() else None for row in rows]
 
         results: list[list[Entity]] = []
-        for block in self.run(read(), forward, show_progress_bar, length(items)):
-            window, waiting[:] = waiting[: len(block)], waiting[len(block) :]
-            for text, tokens, scores in zip(window, self.tokenizer.offsets(window), block, strict=True):
-                found = self._entities(text, tokens, scores.numpy(), aggregation_strategy)
-                results.append([e for e in found if e.get("entity", e.get("entity_group")) not in ignored])
+        with keeping(lambda: results, items):
+            for block in self.run(read(), forward, show_progress_bar, length(items)):
+                window, waiting[:] = waiting[: len(block)], waiting[len(block) :]
+                for text, tokens, scores in zip(window, self.tokenizer.offsets(window), block, strict=True):
+                    found = self._entities(text, tokens, scores.numpy(), aggregation_strategy)
+                    results.append([e for e in found if e.get("entity", e.get("entity_group")) not in ignored])
         return results[0] if single else results
 
     __call__ = predict

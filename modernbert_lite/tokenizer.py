@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
@@ -31,6 +32,7 @@ _CLIP_CHARACTERS = 64
 # Tokens that the beginning must have beyond max_length. What follows a word's end may change its last few tokens, where
 # a token reaches over white space: Qwen's "!\n", ColBERT's "[Q] ".
 _CLIP_SPARE = 32
+_LONGEST = 1 << 31  # of max_length: lengths in a batch are int32
 
 
 class FirstCut(tuple[str, str]):
@@ -40,11 +42,19 @@ class FirstCut(tuple[str, str]):
 class Tokenizer:
     """Texts and pairs to ids. Nothing is changed after construction, so any number of threads may share one."""
 
-    def __init__(self, folder: Path, max_length: int, lower_case: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        max_length: int,
+        lower_case: bool = False,
+        *,
+        settings: Mapping[str, Any] | None = None,
+    ):
         """max_length: tokens a text or pair may have, special tokens included; longer ones are cut, the longer side of
-        a pair first. lower_case: before the file's own normalizer (sentence-transformers' do_lower_case).
+        a pair first. lower_case: before the file's own normalizer (sentence-transformers' do_lower_case). settings:
+        keys that win over those of tokenizer_config.json (`tokenizer_args` of sentence_bert_config.json).
 
-        Raises CheckpointError for a missing or malformed tokenizer.json, ValueError for a max_length too small."""
+        Raises CheckpointError for a missing or malformed tokenizer.json, OptionError for a max_length too small."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(
@@ -52,7 +62,8 @@ class Tokenizer:
                 "import AutoTokenizer as T; T.from_pretrained('FOLDER').save_pretrained('FOLDER')\""
             )
         beside = folder / "tokenizer_config.json"
-        settings = read_json(beside, MAX_TOKENIZER_JSON_BYTES) if beside.is_file() else {}
+        stored = read_json(beside, MAX_TOKENIZER_JSON_BYTES) if beside.is_file() else {}
+        settings = {**stored, **(settings or {})}
         side = settings.get("truncation_side") or "right"
         if side not in ("right", "left"):
             raise CheckpointError(f"{beside}: truncation_side is {shown(side)}; it must be 'right' or 'left'")
@@ -71,11 +82,6 @@ class Tokenizer:
         self.has_types = any(kind for _, kind in self._pair) and (
             not isinstance(asked, list) or "token_type_ids" in asked
         )
-        special = len(self._pair) - 2
-        if max_length <= special:
-            raise OptionError(
-                f"max_seq_length is {max_length}; it must be over {special}, the special tokens of a pair"
-            )
         self.max_length = max_length
         beside = folder / "special_tokens_map.json"
         sources = (settings, read_json(beside) if beside.is_file() else {})
@@ -85,21 +91,50 @@ class Tokenizer:
         unweighted.update(item for item, _ in self._single + self._pair)
         self.unweighted = frozenset(i for i in unweighted if i is not None and i >= 0)
 
-    def encode(self, texts: SequenceOf[Text], first: int = 0) -> tuple[list[list[int]], int]:
+    @property
+    def max_length(self) -> int:
+        """Tokens that a text or pair may have, special tokens included. Setting it raises OptionError for no whole
+        number and for one that leaves no room for a text or a pair."""
+        return self._max_length
+
+    @max_length.setter
+    def max_length(self, value: int) -> None:
+        self._max_length = self._checked_length(value)
+
+    def _checked_length(self, value: Any) -> int:
+        try:
+            length = None if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            length = None
+        # The single template may have more special tokens than the pair's.
+        special = max(len(self._single) - 1, len(self._pair) - 2)
+        if length is None or not special < length <= _LONGEST:
+            raise OptionError(
+                f"max_seq_length is {shown(value)}; it must be over {special}, the special tokens of a text or a "
+                f"pair, and a whole number no larger than {_LONGEST}"
+            )
+        return length
+
+    def encode(
+        self, texts: SequenceOf[Text], first: int = 0, max_length: int | None = None
+    ) -> tuple[list[list[int]], int]:
         """encode_typed() without the types."""
-        ids, _, cut = self.encode_typed(texts, first)
+        ids, _, cut = self.encode_typed(texts, first, max_length)
         return ids, cut
 
-    def encode_typed(self, texts: SequenceOf[Text], first: int = 0) -> tuple[list[list[int]], list[list[int]], int]:
-        """Ids of each text or pair, their token types, and how many were cut to max_length. `first` is the number of
-        the first text, for error messages. Raises ValueError for text that isn't valid Unicode (lone surrogates),
-        naming it.
+    def encode_typed(
+        self, texts: SequenceOf[Text], first: int = 0, max_length: int | None = None
+    ) -> tuple[list[list[int]], list[list[int]], int]:
+        """Ids of each text or pair, their token types, and how many were cut to max_length (None: the tokenizer's).
+        `first` is the number of the first text, for error messages. Raises ValueError for text that isn't valid
+        Unicode (lone surrogates), naming it.
 
         [CLS] A [SEP] B [SEP] with BERT's types -> 0, 0..., 0, 1..., 1
         """
+        most = self._max_length if max_length is None else self._checked_length(max_length)
         try:
             # Pairs are not clipped: how the two share the room depends on which is longer.
-            sides = [s for text in texts for s in ([self._clip(text)] if isinstance(text, str) else text)]
+            sides = [s for text in texts for s in ([self._clip(text, most)] if isinstance(text, str) else text)]
             with _no_panic("these texts can't be tokenized"):
                 encodings = iter(self._rust.encode_batch_fast(sides, add_special_tokens=False))
         except CheckpointError:
@@ -111,7 +146,7 @@ class Tokenizer:
         for text in texts:
             parts = [next(encodings).ids for _ in _sides(text)]
             template = self._single if len(parts) == 1 else self._pair
-            room = self.max_length - len(template) + len(parts)
+            room = most - len(template) + len(parts)
             if sum(map(len, parts)) > room:
                 parts, cut = self._cut(parts, room, isinstance(text, FirstCut)), cut + 1
             whole: list[int] = []
@@ -129,7 +164,9 @@ class Tokenizer:
         for i, text in enumerate(texts, first):
             check_unicode(text, f"text {i}")
         with _no_panic("these texts can't be tokenized"):
-            encodings = self._rust.encode_batch([self._clip(text) for text in texts], add_special_tokens=False)
+            encodings = self._rust.encode_batch(
+                [self._clip(text, self.max_length) for text in texts], add_special_tokens=False
+            )
         room = self.max_length - len(self._single) + 1
         results = []
         for encoding in encodings:
@@ -225,18 +262,18 @@ class Tokenizer:
             return [part[:n] for part, n in zip(parts, sizes, strict=True)]
         return [part[len(part) - n :] for part, n in zip(parts, sizes, strict=True)]
 
-    def _clip(self, text: str) -> str:
-        """The beginning of a very long text, if it alone has max_length tokens: what is cut off anyway need not be
+    def _clip(self, text: str, most: int) -> str:
+        """The beginning of a very long text, if it alone has `most` tokens: what is cut off anyway need not be
         tokenized (10 MB take ten seconds). It ends at the end of a word: what comes later changes a few of its last
         tokens at most. (Inside a word it may change all: Unigram's pieces of "aaaa..." depend on how many there are.)
         """
-        size = self.max_length * _CLIP_CHARACTERS
+        size = most * _CLIP_CHARACTERS
         while self._keeps_beginning and len(text) > 2 * size:
             beginning = text[: max(text.rfind(" ", 0, size), text.rfind("\n", 0, size), 0)].rstrip()
             with _no_panic("this text can't be tokenized"):
                 if (
                     len(beginning) > size // 2
-                    and len(self._rust.encode(beginning, add_special_tokens=False)) >= self.max_length + _CLIP_SPARE
+                    and len(self._rust.encode(beginning, add_special_tokens=False)) >= most + _CLIP_SPARE
                 ):
                     return beginning
             size *= 4

@@ -19,7 +19,7 @@ from .linear import Linear
 from .names import Source, match
 from .ops import backend, pack_weight
 from .reading import CheckpointError, OptionError, inside, read_json
-from .threads import set_threads
+from .threads import set_threads, survive_forks
 
 BUNDLED = "tiny"
 INDEX = "model.safetensors.index.json"
@@ -269,6 +269,7 @@ def load_weights(
     copies; a tensor that needs no conversion stays memory-mapped, as does the embedding table of the CPU, whose rows
     are converted as they are looked up. dtype, packed: as in `load_model`. Missing, unexpected or misshapen tensors,
     and values that aren't finite, are a CheckpointError that names them."""
+    survive_forks()
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     with torch.device("meta"):

@@ -116,6 +116,7 @@ LAYERS = [
     {"heads", "names"},
     {"weights"},
     {"tokenizer", "st_config"},
+    {"inputs"},
     {"pipeline", "writers"},
     {"classifier", "embedder", "fill_mask", "late_interaction", "reranker", "token_classifier"},
     {"describe"},

@@ -416,3 +416,17 @@ def test_a_reranker_of_one_label_names_the_class_for_single_texts(make, texts):
     model = Reranker.from_pretrained(make(num_labels=1))
     with pytest.raises(TypeError, match=r"pair \d is str .*; each must be two strings. Classifier takes single"):
         model.predict(texts)
+
+
+# ---- results that are not finite ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["softmax", "sigmoid", "none"])
+def test_a_logit_that_is_not_finite_names_the_text(make, function):
+    """The sigmoid of an infinite logit would hide it."""
+    model = Classifier.from_pretrained(make(id2label=NLI))
+    model.model.classifier.bias.data[1] = torch.inf
+    with pytest.raises(ValueError, match=r"the result of text 0, str \('a text'\), is not finite in float32"):
+        model.predict(["a text"], function_to_apply=function)
+    with pytest.raises(ValueError, match="the result of text 0"):
+        model.zero_shot("a text", ["x", "y"])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batch import PackedBatch, from_padded, pack, to_padded, unpack
+    from .classifier import Classifier
     from .config import GteConfig, ModernBertConfig, read_config
     from .embedder import Embedder
     from .fill_mask import FillMask
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
     from .pooling import quantize_embeddings
     from .reading import CheckpointError, OptionError
     from .reranker import Reranker
+    from .token_classifier import TokenClassifier
     from .weights import load_model
 
 __version__ = "0.1.0"
 
 _HOME = {
     "CheckpointError": "reading",
+    "Classifier": "classifier",
     "Embedder": "embedder",
     "FillMask": "fill_mask",
     "GteConfig": "config",
@@ -30,6 +33,7 @@ _HOME = {
     "OptionError": "reading",
     "PackedBatch": "batch",
     "Reranker": "reranker",
+    "TokenClassifier": "token_classifier",
     "from_padded": "batch",
     "load_model": "weights",
     "pack": "batch",
@@ -41,6 +45,7 @@ _HOME = {
 
 __all__ = [
     "CheckpointError",
+    "Classifier",
     "Embedder",
     "FillMask",
     "Graphed",
@@ -50,6 +55,7 @@ __all__ = [
     "OptionError",
     "PackedBatch",
     "Reranker",
+    "TokenClassifier",
     "__version__",
     "from_padded",
     "load_model",

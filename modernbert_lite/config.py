@@ -49,6 +49,7 @@ _REFUSED = {
     "transformers_weights": "weights are read from model.safetensors and its index only",
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # What Alibaba's NewConfig has and transformers' GteConfig doesn't: a file with one of them speaks the older dialect.
 _NEW_CONFIG_KEYS = (
     "rope_theta",
@@ -89,6 +90,8 @@ class ModernBertConfig:
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    problem_type: str | None = None  # which function makes scores of a sequence classifier's logits
+    entailment_id: int | None = None  # the label that means entailment, in a model of natural language inference
     activation_fn: str | None = None  # the activation that a cross-encoder names for its scores
     names_architecture: bool = field(default=True, compare=False)  # False: config.json names none
 
@@ -111,7 +114,7 @@ class ModernBertConfig:
         """Reads a parsed config.json of transformers 4.48 (theta keys), 5 (`layer_types`, `rope_parameters`) or both.
 
         Ignored are unknown keys, and those that change no number of transformers 5's network: dropouts,
-        initializer_*, ids of special tokens, sparse_*, deterministic_flash_attn, problem_type, dtype, is_decoder,
+        initializer_*, ids of special tokens, sparse_*, deterministic_flash_attn, dtype, is_decoder,
         chunk_size_feed_forward, attn_implementation; `truncate` of YaRN and `original_max_position_embeddings` beside
         the layers' kinds, which it reads for other models; layer_norm_eps, position_embedding_type and rope_theta,
         which are other models'. Raises CheckpointError naming the key, the value and what is accepted.
@@ -123,6 +126,7 @@ class ModernBertConfig:
         hidden, heads, head_dim = _sizes(get)
         pooling = get.choice("classifier_pooling", "cls", ("cls", "mean"))
         architectures = _architectures(get, foreign=("Gte", "New"))
+        labels = _labels(get)
         return cls(
             architecture=(architectures or ["ModernBertModel"])[0],
             names_architecture=bool(architectures),
@@ -146,7 +150,9 @@ class ModernBertConfig:
             decoder_bias=get.flag("decoder_bias", True),
             tie_word_embeddings=get.flag("tie_word_embeddings", True),
             pad_token_id=get.token_id("pad_token_id"),
-            labels=_labels(get),
+            labels=labels,
+            problem_type=_problem_type(get),
+            entailment_id=_entailment_id(get, labels),
             activation_fn=_activation_fn(raw),
         )
 
@@ -174,6 +180,8 @@ class GteConfig:
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    problem_type: str | None = None  # which function makes scores of a sequence classifier's logits
+    entailment_id: int | None = None  # the label that means entailment, in a model of natural language inference
     activation_fn: str | None = None
     names_architecture: bool = field(default=True, compare=False)  # as in ModernBertConfig
     own_head_dim: int | None = None  # where it isn't hidden_size / num_attention_heads: transformers' GteConfig only
@@ -189,7 +197,7 @@ class GteConfig:
         or transformers' own GteConfig, which has other defaults.
 
         Ignored are unknown keys, and those that change no number: dropouts, initializer_range, ids of special tokens,
-        problem_type, dtype, is_decoder, chunk_size_feed_forward, attn_implementation, pack_qkv, unpad_inputs,
+        dtype, is_decoder, chunk_size_feed_forward, attn_implementation, pack_qkv, unpad_inputs,
         use_memory_efficient_attention. Raises CheckpointError naming the key, the value and what is accepted.
         """
         _check_type(raw, cls)
@@ -234,6 +242,8 @@ class GteConfig:
             tie_word_embeddings=get.flag("tie_word_embeddings", True, strings=True),
             pad_token_id=get.token_id("pad_token_id"),
             labels=labels,
+            problem_type=_problem_type(get),
+            entailment_id=_entailment_id(get, labels),
             activation_fn=_activation_fn(raw),
             sparse=len(labels) == 1 and any("ForTokenClassification" in name for name in architectures),
         )
@@ -430,6 +440,21 @@ def _labels(get: Reader) -> tuple[str, ...]:
         raise CheckpointError(f"id2label has the ids {shown(sorted(id2label))}; they must be whole numbers")
     by_id = {int(key): label for key, label in id2label.items()}
     return tuple(by_id.get(i, f"LABEL_{i}") for i in range(len(by_id)))
+
+
+def _problem_type(get: Reader) -> str | None:
+    return None if get.raw.get("problem_type") is None else get.choice("problem_type", "", PROBLEM_TYPES)
+
+
+def _entailment_id(get: Reader, labels: tuple[str, ...]) -> int | None:
+    """The id of the first label in label2id whose name starts with "entail", in any case: as transformers' zero-shot
+    pipeline finds it. Without label2id, its place in id2label. None: no label is named so. It isn't checked against
+    the labels here: a file may keep the label2id of the model that it was trained from, and only zero-shot needs it."""
+    ids = get.mapping("label2id") or {label: i for i, label in enumerate(labels)}
+    for name, i in ids.items():
+        if name.lower().startswith("entail"):
+            return int(i) if type(i) is int or (isinstance(i, str) and i.isdecimal()) else None
+    return None
 
 
 def _activation_fn(raw: Mapping[str, Any]) -> str | None:

@@ -14,12 +14,14 @@ from . import pooling
 from .batch import PackedBatch
 from .heads import GteTokenClassifier, encoder_class
 from .inputs import Given, keeping, length, listed
-from .pipeline import Checkpoint, Pipeline, keyworded, warn
+from .pipeline import Checkpoint, Pipeline, keyworded, on_host, warn
 from .pooling import PRECISIONS, quantize_embeddings
 from .prompts import Prompted
-from .reading import CheckpointError, OptionError, whole_number
+from .reading import CheckpointError, OptionError, shown, whole_number
 from .st_config import SIMILARITIES, USUAL_PROMPTS, Pooling, finish, on_vectors, similarity_name
 from .weights import BUNDLED
+
+_OUTPUTS = ("sentence_embedding", "token_embeddings", None)
 
 
 class Embedder(Prompted, Pipeline):
@@ -91,8 +93,9 @@ class Embedder(Prompted, Pipeline):
         truncate_dim: int | None = None,
         precision: str = "float32",
         ranges: np.ndarray | None = None,
+        output_value: str | None = "sentence_embedding",
         show_progress_bar: bool | None = None,
-    ) -> np.ndarray:
+    ) -> np.ndarray | Any:
         """Vectors of texts, (N, dimension) in their order; of one string, (dimension,).
 
         sentences: a string, or any iterable of strings, which is read lazily in bounded memory.
@@ -102,9 +105,28 @@ class Embedder(Prompted, Pipeline):
         terminal. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode or whose
         vector is not finite; lists, arrays and the like are looked through before any work. An error that comes later
         has the finished rows, float32, as its attribute `finished`.
+
+        output_value: "token_embeddings" gives for every text an array (tokens, hidden size), fp32: what the encoder
+        gives each of its tokens, before pooling, prompt and special tokens included; see `token_offsets` for where they
+        are. None gives a dict of "input_ids" and "attention_mask", (tokens,), "token_embeddings" and
+        "sentence_embedding". Both are lists in the order of the texts, of one string the one, as in
+        sentence-transformers, where neither normalize_embeddings nor truncate_dim changes tokens' vectors. All of them
+        are held in memory.
         """
+        if output_value not in _OUTPUTS:
+            raise OptionError(
+                f"output_value is {shown(output_value)}; it must be one of {', '.join(map(repr, _OUTPUTS))}"
+            )
         if precision not in PRECISIONS:
             raise OptionError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        if output_value != "sentence_embedding":
+            if precision != "float32":
+                raise OptionError(
+                    f"precision is {precision!r}; with output_value={output_value!r} it must be 'float32'"
+                )
+            prompt = self._resolve_prompt(prompt_name, prompt)
+            unit, dim = normalize_embeddings or self.normalizes, self._check_dim(truncate_dim) or self.truncate_dim
+            return self._encode_tokens(sentences, prompt, output_value is None, unit, dim, show_progress_bar)
         texts, single = listed(sentences, "sentences")
         stream = self.stream(
             texts,
@@ -125,6 +147,24 @@ class Embedder(Prompted, Pipeline):
     def encode_document(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray:
         """`encode` with the prompt named "document", "passage" or "corpus"; with none if the repository has none."""
         return self._encode_as(("document", "passage", "corpus"), sentences, kwargs)
+
+    @keyworded
+    def token_offsets(
+        self, sentences: str | Iterable[str], *, prompt_name: str | None = None, prompt: str | None = None
+    ) -> list[np.ndarray] | Any:
+        """Where in each text the rows of encode(.., output_value="token_embeddings") stand: for every text an array
+        (tokens, 2), int64, of characters [start, end) of the text as given, without its prompt; of one string, that
+        array. Special tokens and the prompt's have (0, 0). A token over the border of both has its part of the text.
+
+        For late chunking, embed a long text once, and average the rows whose characters lie in each chunk. Prompts and
+        errors are as in `encode`; a cut text has the offsets of what is left.
+        """
+        prompt = self._resolve_prompt(prompt_name, prompt)
+        texts, single = listed(sentences, "sentences")
+        whole = [prompt + text for text in texts]
+        spans = [[span or (0, 0) for _, span in tokens] for tokens in self.tokenizer.offsets(whole)]
+        results = [np.maximum(np.array(text, np.int64).reshape(-1, 2) - len(prompt), 0) for text in spans]
+        return results[0] if single else results
 
     @keyworded
     def stream(
@@ -188,6 +228,48 @@ class Embedder(Prompted, Pipeline):
             return largest
 
         results = self.rows(texts, forward, show_progress_bar, lambda rows: [weigh(*row) for row in rows])
+        return results[0] if single else results
+
+    def _encode_tokens(
+        self,
+        sentences: str | Iterable[str],
+        prompt: str,
+        everything: bool,
+        unit: bool,
+        dim: int | None,
+        show_progress_bar: bool | None,
+    ) -> Any:
+        """encode() where it gives tokens' vectors: those alone, or everything about a text. unit, dim: of its own."""
+        texts, single = listed(sentences, "sentences")
+        skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
+
+        def forward(batch: PackedBatch) -> list[Any]:
+            x = finish(self.network(batch, False).float(), self.on_tokens, False, None)
+            tokens = x.cpu().split(batch.seqlens)
+            checked = [row if row.isfinite().all() else None for row in tokens]
+            if not everything:
+                return checked
+            vectors = on_host(finish(pooling.pool(x, batch, self.pooling.modes, skip), self.dense, unit, dim))
+            ids = batch.input_ids.cpu().long().split(batch.seqlens)
+            rows = zip(ids, checked, vectors, strict=True)
+            return [row if all(part is not None for part in row) else None for row in rows]
+
+        def result(row: Any) -> Any:
+            if not everything:
+                return row.numpy()
+            ids, tokens, vector = (part.numpy() for part in row)
+            return {
+                "input_ids": ids,
+                "attention_mask": np.ones_like(ids),
+                "token_embeddings": tokens,
+                "sentence_embedding": vector,
+            }
+
+        blocks = self.run((prompt + text for text in texts), forward, show_progress_bar, length(texts))
+        results: list[Any] = []
+        with keeping(lambda: results, texts):
+            for block in blocks:
+                results += map(result, block)
         return results[0] if single else results
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> np.ndarray:

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .batch import PackedBatch
 from .heads import network_class
 from .inputs import check_text, keeping, length, listed
-from .pipeline import Checkpoint, Pipeline, keyworded
-from .reading import CheckpointError, whole_number
+from .pipeline import Checkpoint, Pipeline, keyworded, warn
+from .reading import CheckpointError, OptionError, shown, whole_number
 
 Prediction = dict[str, Any]
 _ROWS = 256  # [MASK]s whose logits, a vocabulary wide, are held at a time
@@ -37,15 +38,37 @@ class FillMask(Pipeline):
 
     @keyworded
     def predict(
-        self, texts: str | Iterable[str], *, top_k: int = 5, show_progress_bar: bool | None = None
+        self,
+        texts: str | Iterable[str],
+        *,
+        top_k: int = 5,
+        targets: str | Iterable[str] | None = None,
+        show_progress_bar: bool | None = None,
     ) -> list[Any]:
         """For every text a list of its [MASK]s, each a list of {"token", "token_id", "score"}, likeliest first; of
         one string, that list alone. "token" is as decoded, with its leading space; "score" its probability.
 
-        Raises ValueError for a text without [MASK] (or whose [MASK] was cut off), naming it.
+        targets: only these tokens are scored, with the same probabilities, and the best `top_k` of them are given. As
+        in transformers' pipeline a target is a token as the vocabulary spells it ("Paris", "ĠParis"), else the first
+        token of its text (" Paris"), with a warning if there are more; one that comes twice is given once.
+
+        Raises ValueError for a text without [MASK] (or whose [MASK] was cut off), naming it; OptionError for targets
+        without any token.
         """
         top_k = whole_number("top_k", top_k, 1, self.config.vocab_size)
+        wanted = None if targets is None else self._target_ids(targets)
+        best = top_k if wanted is None else min(top_k, len(wanted))
         items, single = listed(texts, "texts", self._check_mask)
+
+        def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+            """(M, V) -> probabilities and tokens, (M, best) each."""
+            probabilities = logits.float().softmax(-1)
+            if wanted is None:
+                scores, ids = probabilities.topk(best)
+                return scores, ids
+            some = torch.tensor(wanted, device=probabilities.device)
+            scores, places = probabilities[:, some].topk(best)
+            return scores, some[places]
 
         def forward(batch: PackedBatch) -> list[list[list[Prediction]] | None]:
             network: Any = self.model
@@ -57,7 +80,7 @@ class FillMask(Pipeline):
                     for p, i in zip(scores.tolist(), ids.tolist(), strict=True)
                 ]
                 for rows in hidden.split(_ROWS)
-                for scores, ids in zip(*network.logits(rows).float().softmax(-1).topk(top_k), strict=True)
+                for scores, ids in zip(*likeliest(network.logits(rows)), strict=True)
             ]
             owners = torch.bucketize(where.int(), batch.cu_seqlens, right=True) - 1
             results: list[list[list[Prediction]]] = [[] for _ in batch.seqlens]
@@ -78,6 +101,26 @@ class FillMask(Pipeline):
         return filled[0] if single else filled
 
     __call__ = predict
+
+    def _target_ids(self, targets: str | Iterable[str]) -> list[int]:
+        """The targets' tokens, each once."""
+        found: list[int] = []
+        several: list[str] = []
+        for target in listed(targets, "targets")[0]:
+            known = self.tokenizer.id_of(target)
+            ids = self.tokenizer.bare(target) if known is None else [known]
+            found += ids[:1]
+            if len(ids) != 1:
+                several.append(target)
+        if not found:
+            raise OptionError("targets has no token; at least one is needed")
+        if max(found) >= self.config.vocab_size:
+            raise OptionError(f"token {max(found)} of the targets is beyond this model's {self.config.vocab_size}")
+        if several:
+            warn(
+                f"the targets {shown(several)} are no single tokens: only the first token of each counts, if it has one"
+            )
+        return list(dict.fromkeys(found))
 
     def _check_mask(self, text: object, i: int) -> str:
         if self.mask_token not in check_text(text, i):

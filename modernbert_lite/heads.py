@@ -165,7 +165,12 @@ ARCHITECTURES: dict[str, type[nn.Module]] = {
     **{f"{name}{end}": network for name in ("New", "Gte") for end, network in _GTE.items()},
 }
 # What runs an architecture for its user, by the end of its name.
-_USES = {"Model": "Embedder", "ForMaskedLM": "FillMask", "ForSequenceClassification": "Reranker"}
+_USES = {
+    "Model": "Embedder",
+    "ForMaskedLM": "FillMask",
+    "ForSequenceClassification": "Classifier",
+    "ForTokenClassification": "TokenClassifier",
+}
 
 
 def network_class(architecture: str) -> type[nn.Module]:
@@ -184,8 +189,8 @@ def encoder_class(config: Config) -> type[nn.Module]:
 
 
 def use(architecture: str) -> str:
-    """The class that runs it for its user; "load_model" where there is none. Of an unknown architecture the encoder
-    can be run."""
+    """The class that runs it for its user (a sequence classifier has two: Classifier and Reranker); "load_model" where
+    there is none. Of an unknown architecture the encoder can be run."""
     if architecture not in ARCHITECTURES:
         return "Embedder"
     return next((name for end, name in _USES.items() if architecture.endswith(end)), "load_model")

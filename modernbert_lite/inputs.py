@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .reading import CheckpointError, OptionError
-from .tokenizer import check_unicode
+from .tokenizer import Text, check_unicode
 
 Pair = tuple[str, str]
 _IN_MEMORY = (Sequence, KeysView, ValuesView, ItemsView)
@@ -61,6 +61,11 @@ def check_pair(pair: object, i: int) -> Pair:
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         raise TypeError(f"pair {i} is {brief(pair)}; each must be two strings")
     return check_text(pair[0], i), check_text(pair[1], i)
+
+
+def check_text_or_pair(item: object, i: int) -> Text:
+    """`item`, if it is a text or a pair of texts. Raises as check_text and check_pair."""
+    return check_pair(item, i) if isinstance(item, (list, tuple, np.ndarray)) else check_text(item, i)
 
 
 def listed(

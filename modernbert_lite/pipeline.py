@@ -109,12 +109,22 @@ class Checkpoint:
 
     @property
     def use(self) -> str:
-        """The class that opens it for its user: "Embedder", "LateInteraction", "Reranker", "FillMask", "load_model"."""
+        """The class that opens it for its user: "Embedder", "FillMask", "LateInteraction", "TokenClassifier",
+        "Reranker", "load_model"; for a sequence classifier "Reranker or Classifier", the likelier one first: Reranker
+        for one label, and where sentence-transformers' CrossEncoder wrote the files."""
         if self.sentence.late is not None:
             return "LateInteraction"
         if self.sentence.scores:
             return "Reranker"
-        return "Embedder" if self.sentence.pooling else use(self.config.architecture)
+        if self.sentence.pooling:
+            return "Embedder"
+        name = use(self.config.architecture)
+        if name == "TokenClassifier" and self.sparse:
+            return "Embedder"
+        if name != "Classifier":
+            return name
+        scores = len(self.config.labels) == 1 or self.sentence.activation_fn or self.config.activation_fn
+        return "Reranker or Classifier" if scores else "Classifier or Reranker"
 
     def architecture(self, end: str) -> str:
         """The network's class. Where config.json names none, the one with this end, which what opens it needs, if the

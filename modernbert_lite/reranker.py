@@ -11,12 +11,13 @@ from torch import Tensor
 
 from . import pooling
 from .batch import PackedBatch
-from .heads import encoder_class, network_class, use
-from .inputs import Pair, brief, check_pair, listed
+from .heads import encoder_class, network_class
+from .inputs import Pair, brief, check_pair, check_text_or_pair, listed
 from .pipeline import Checkpoint, Pipeline, keyworded, on_host
 from .prompts import Prompted
 from .reading import OptionError, whole_number
 from .st_config import Pooling, SentenceConfig, finish, on_vectors, score_activation
+from .tokenizer import Text
 
 
 class Reranker(Prompted, Pipeline):
@@ -26,7 +27,7 @@ class Reranker(Prompted, Pipeline):
     def __init__(self, checkpoint: Checkpoint, **options: Any):
         self.check(checkpoint)
         architecture, sentence = checkpoint.architecture("ForSequenceClassification"), checkpoint.sentence
-        if not sentence.scores and use(architecture) != "Reranker":
+        if not sentence.scores and not architecture.endswith("ForSequenceClassification"):
             raise checkpoint.refuse("reranker")
         network = encoder_class(checkpoint.config) if sentence.scores else network_class(architecture)
         super().__init__(checkpoint, network, **options)
@@ -51,7 +52,7 @@ class Reranker(Prompted, Pipeline):
     @keyworded
     def predict(
         self,
-        pairs: Pair | Sequence[str] | Iterable[Pair],
+        pairs: Pair | str | Sequence[str] | Iterable[Text],
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
@@ -61,6 +62,8 @@ class Reranker(Prompted, Pipeline):
     ) -> np.ndarray:
         """Scores of pairs, (N,) for one label, else (N, labels); fp32. One pair of strings gives one row.
 
+        A model of several labels also scores single texts, as CrossEncoder does: a string gives one row, and a string
+        among the items is a text. But ["a", "b"], two strings, is one pair: of two texts use Classifier.
         prompt: put before the first text of every pair (a query, mostly); or prompt_name, one of `prompts`; neither:
         the repository's default.
         activation_fn: on the logits; a function or a name ("identity", "sigmoid"); None: what the checkpoint names,
@@ -71,12 +74,13 @@ class Reranker(Prompted, Pipeline):
         prompt = self._resolve_prompt(prompt_name, prompt)
         unpooled = prompt and self.pooling is not None and not self.pooling.include_prompt
         skip = self.tokenizer.prompt_length(prompt) if unpooled else 0
-        single = _is_pair(pairs)
-        items: Any = [pairs] if single or isinstance(pairs, str) else pairs
+        single = isinstance(pairs, str) or _is_pair(pairs)
+        items: Any = [pairs] if single else pairs
+        check_item = check_text_or_pair if len(self.labels) > 1 else _check_pair
 
-        def check(pair: object, i: int) -> Pair:
-            first, second = check_pair(pair, i)
-            return prompt + first, second
+        def check(item: object, i: int) -> Text:
+            text = check_item(item, i)
+            return prompt + text if isinstance(text, str) else (prompt + text[0], text[1])
 
         given, _ = listed(items, "pairs", check, "two strings, or an iterable of such pairs", dimensions=2)
         named = self.activation_fn if activation_fn is None else activation_fn
@@ -148,6 +152,13 @@ def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_d
         for result in results:
             result["text"] = documents[result["corpus_id"]]
     return results
+
+
+def _check_pair(pair: object, i: int) -> Pair:
+    """As check_pair; the error of a single text says which class takes it."""
+    if isinstance(pair, str):
+        raise TypeError(f"pair {i} is {brief(pair)}; each must be two strings. Classifier takes single texts")
+    return check_pair(pair, i)
 
 
 def _is_pair(pairs: Any) -> bool:

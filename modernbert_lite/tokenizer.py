@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import AddedToken
 from tokenizers.models import WordPiece
@@ -19,6 +19,8 @@ from .reading import CheckpointError, OptionError, shown
 from .tokenizer_files import no_panic, read_tokenizer
 
 Text = str | tuple[str, str]
+Span = tuple[int, int]
+Item = TypeVar("Item")
 
 # Special tokens that carry no sparse weight: keys of tokenizer_config.json, and names where it lacks one. The template
 # names those of a text's ends.
@@ -47,6 +49,10 @@ _CLEANED = (
 )
 _MOST_SPECIAL = 1 << 10  # tokens that a template may put around a text
 _LONGEST = 1 << 31  # of max_length: lengths in a batch are int32
+
+
+class FirstCut(tuple[str, str]):
+    """A pair of which only the first text is cut: the premise of a hypothesis."""
 
 
 class Tokenizer:
@@ -89,6 +95,7 @@ class Tokenizer:
         self._long_words = self._words_without_pieces()
         self.max_length = max_length
         self.mask_token, self.mask_token_id = self._find("mask_token", ("[MASK]", "<mask>"))
+        self.unk_token_id = self._find("unk_token", _UNWEIGHTED["unk_token"])[1]
         unweighted = {self._find(key, names)[1] for key, names in _UNWEIGHTED.items()}
         unweighted.update(item for item, _ in self._single + self._pair)
         self.unweighted = frozenset(i for i in unweighted if i is not None and i >= 0)
@@ -151,7 +158,7 @@ class Tokenizer:
             template = self._single if len(parts) == 1 else self._pair
             room = most - len(template) + len(parts)
             if sum(map(len, parts)) > room:
-                parts, cut = self._cut(parts, room), cut + 1
+                parts, cut = self._cut(parts, room, isinstance(text, FirstCut)), cut + 1
             whole: list[int] = []
             whole_types: list[int] = []
             for item, kind in template:
@@ -160,6 +167,27 @@ class Tokenizer:
             ids.append(whole)
             types.append(whole_types)
         return ids, types, cut
+
+    def offsets(self, texts: SequenceOf[str], first: int = 0) -> list[list[tuple[int, Span | None]]]:
+        """For each text its tokens, the same as encode()'s: (id, (start, end) in characters of that text), and None in
+        place of the characters for a special token that the template adds. `first` and errors: as in encode_typed()."""
+        for i, text in enumerate(texts, first):
+            check_unicode(text, f"text {i}")
+        parts = [self._clip(text, self.max_length) for text in texts]
+        # A word that was shortened has other places: then the whole text is tokenized.
+        fits = str.startswith if self._keeps_beginning else str.endswith
+        parts = [part if fits(text, part) else text for text, part in zip(texts, parts, strict=True)]
+        with no_panic("these texts can't be tokenized"):
+            encodings = self._rust.encode_batch(parts, add_special_tokens=False)
+        room = self.max_length - len(self._single) + 1
+        results = []
+        for text, part, encoding in zip(texts, parts, encodings, strict=True):
+            shift = 0 if self._keeps_beginning else len(text) - len(part)
+            places = [(start + shift, end + shift) for start, end in encoding.offsets]
+            own: list[tuple[int, Span | None]] = list(zip(encoding.ids, places, strict=True))
+            (own,) = self._cut([own], room) if len(own) > room else [own]
+            results.append([token for item, _ in self._single for token in ([(item, None)] if item >= 0 else own)])
+        return results
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens that don't count where a prompt isn't pooled: those of the prompt as a text of its own, but not the
@@ -176,6 +204,27 @@ class Tokenizer:
         except UnicodeEncodeError:  # half of a surrogate pair
             return None
         return found
+
+    def bare(self, text: str) -> list[int]:
+        """Ids of a text without special tokens around it, however long."""
+        check_unicode(text, f"text {text[:30]!r}")
+        with no_panic("this text can't be tokenized"):
+            ids: list[int] = self._rust.encode(text, add_special_tokens=False).ids
+            return ids
+
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary spells it; "" for an id without one."""
+        return self._rust.id_to_token(token_id) or ""
+
+    @property
+    def knows_subwords(self) -> bool:
+        """Whether the vocabulary marks tokens that go on with a word: WordPiece's "##"."""
+        return bool(getattr(self._rust.model, "continuing_subword_prefix", None))
+
+    def joined(self, tokens: list[str]) -> str:
+        """Tokens, as the vocabulary spells them, as text: transformers' convert_tokens_to_string."""
+        with no_panic("these tokens can't be decoded"):
+            return str(self._rust.decoder.decode(tokens)) if self._rust.decoder else " ".join(tokens)
 
     def keep_whole(self, prefix: str) -> None:
         """Makes a text that starts with this token, or with its first word, start with its id, whatever the normalizer
@@ -219,13 +268,16 @@ class Tokenizer:
             )
         return template
 
-    def _cut(self, parts: list[list[int]], room: int) -> list[list[int]]:
+    def _cut(self, parts: list[list[Item]], room: int, first: bool = False) -> list[list[Item]]:
         """Down to `room` tokens together, the longer one of a pair first, as tokenizers' longest_first does: of two
-        that are both longer than half, the longer (or the second) gets the odd token."""
+        that are both longer than half, the longer (or the second) gets the odd token. first: only the first is cut,
+        as only_first does."""
         sizes = [len(part) for part in parts]
         short = min(sizes)
         if len(parts) == 1:
             sizes = [room]
+        elif first:
+            sizes[0] = room - sizes[1]
         elif short <= room // 2:
             sizes = [n if n == short else room - short for n in sizes]
         else:

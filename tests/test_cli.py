@@ -738,7 +738,7 @@ def test_info_of_a_classifier(run, make_checkpoint):
         label2id={"no": 0, "yes": 1},
     )
     facts = json.loads(run("info", folder, "--json").text)
-    assert (facts["use"], facts["labels"], facts["pooling"]) == ("Reranker", ["no", "yes"], "none said")
+    assert (facts["use"], facts["labels"], facts["pooling"]) == ("Classifier or Reranker", ["no", "yes"], "none said")
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
 
 

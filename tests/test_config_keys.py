@@ -350,7 +350,6 @@ NOTHING = {
     "add_cross_attention": True,
     "is_encoder_decoder": True,
     "mlp_dropout": 0.5,
-    "problem_type": "regression",
     "sparse_prediction": True,
     "sparse_pred_ignore_index": 3,
     "pruned_heads": {"0": [1]},

@@ -383,7 +383,10 @@ def test_similarity(tiny):
 
 @pytest.mark.parametrize(
     ("architecture", "right"),
-    [("ModernBertForSequenceClassification", "Reranker"), ("ModernBertForTokenClassification", "load_model")],
+    [
+        ("ModernBertForSequenceClassification", "Classifier or Reranker"),
+        ("ModernBertForTokenClassification", "TokenClassifier"),
+    ],
 )
 def test_a_classifier_is_refused_with_the_right_class(make_checkpoint, architecture, right):
     folder, _ = make_checkpoint(architecture, num_hidden_layers=1)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,68 @@ def test_the_encoder_runs_once_however_many_masks_there_are(make_checkpoint, mon
     got = model.predict(text, top_k=2)
     assert len(runs) == 1
     assert [[p["token_id"] for p in mask] for mask in got] == [[p["token_id"] for p in mask] for mask in expected]
+
+
+# ---- targets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["Paris", "\u0120Paris", "ing"],  # as the vocabulary spells them
+        [" Paris", " London"],  # as decoded: one token each
+        "Paris",
+        ["Paris", "Paris", " Paris", "unbelievabilities", "東京"],  # twice, and of several tokens
+        ["a", "b", "c", "d", "e", "f", "g"],  # more than top_k
+        ["", "x"],
+        ["[MASK]", "[SEP]"],
+    ],
+)
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_targets_are_scored_as_the_pipeline_does(model, folder, targets, top_k):
+    from transformers import pipeline
+
+    theirs = pipeline("fill-mask", str(folder), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = model.predict(TEXTS, targets=targets, top_k=top_k)
+        wanted = [theirs(text, targets=targets, top_k=top_k) for text in TEXTS]
+    for masks, others in zip(got, wanted, strict=True):
+        others = others if isinstance(others[0], list) else [others]  # the pipeline gives one [MASK]'s list alone
+        for tokens, entries in zip(masks, others, strict=True):
+            assert [t["token_id"] for t in tokens] == [e["token"] for e in entries]
+            assert [t["token"] for t in tokens] == [e["token_str"] for e in entries]
+            assert [t["score"] for t in tokens] == pytest.approx([e["score"] for e in entries], abs=1e-5)
+
+
+def test_a_target_has_the_probability_that_it_has_among_all(model):
+    everything = {t["token_id"]: t["score"] for t in model.predict(TEXTS[0], top_k=50368)[0]}
+    got = model.predict(TEXTS[0], targets=iter([" Paris", " London"]))[0]
+    assert {t["token"] for t in got} == {" Paris", " London"}
+    assert all(t["score"] == pytest.approx(everything[t["token_id"]], abs=1e-7) for t in got)
+
+
+def test_a_target_of_several_tokens_is_told_once_and_before_work(model):
+    with pytest.warns(UserWarning, match=r"the targets \['unbelievabilities', ''\] are no single tokens") as caught:
+        got = model.predict(TEXTS, targets=["unbelievabilities", "", " Paris"])
+    assert len(caught) == 1
+    assert [t["token"] for t in sorted(got[0][0], key=lambda t: t["token"])] == [" Paris", "un"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of one token each: nothing to tell
+        model.predict(TEXTS, targets=[" Paris", "\u0120London", "."])
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        ([], ValueError, "targets has no token; at least one is needed"),
+        ("", ValueError, "targets has no token"),
+        (["a", 7], TypeError, "text 1 is int"),
+        (7, TypeError, "targets is int"),
+        ({"a": 1}, TypeError, "targets is dict"),
+        (["\ud800"], ValueError, "is not valid Unicode"),
+    ],
+)
+def test_bad_targets_are_refused(model, targets, error, message):
+    with pytest.raises(error, match=message):
+        model.predict(TEXTS, targets=targets)

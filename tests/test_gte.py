@@ -1271,7 +1271,9 @@ def test_each_class_refuses_another_class_s_checkpoint_by_name(make):
         ml.Reranker.from_pretrained(mlm)
     with pytest.raises(CheckpointError, match=r"GteModel; FillMask needs a \.\.\.ForMaskedLM: use Embedder"):
         ml.FillMask.from_pretrained(base)
-    with pytest.raises(CheckpointError, match=r"GteForSequenceClassification, no embedding model: use Reranker"):
+    with pytest.raises(
+        CheckpointError, match=r"GteForSequenceClassification, no embedding model: use Classifier or Reranker"
+    ):
         ml.Embedder.from_pretrained(sequence)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

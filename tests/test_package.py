@@ -120,7 +120,7 @@ LAYERS = [
     {"tokenizer", "st_config"},
     {"inputs"},
     {"pipeline", "writers"},
-    {"embedder", "reranker", "fill_mask", "late_interaction"},
+    {"classifier", "embedder", "fill_mask", "late_interaction", "reranker", "token_classifier"},
     {"describe"},
     {"cli"},
 ]

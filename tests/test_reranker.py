@@ -229,7 +229,7 @@ def test_a_nan_is_not_ranked_as_if_it_were_a_score():
     [
         ("ModernBertModel", "Embedder"),
         ("ModernBertForMaskedLM", "FillMask"),
-        ("ModernBertForTokenClassification", "load_model"),
+        ("ModernBertForTokenClassification", "TokenClassifier"),
     ],
 )
 def test_another_checkpoint_is_refused_with_the_right_class(make_checkpoint, architecture, right):

@@ -1,0 +1,192 @@
+"""Texts -> labels with scores: sequence classifiers, and zero-shot classification by natural language inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import PackedBatch
+from .heads import network_class
+from .inputs import check_text_or_pair, length, listed
+from .pipeline import Checkpoint, Pipeline, keyworded, on_host, warn
+from .reading import CheckpointError, OptionError, shown, whole_number
+from .tokenizer import FirstCut, Text
+
+Scores = list[dict[str, Any]]
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "none": lambda logits: logits,
+}
+
+
+class Classifier(Pipeline):
+    """A sequence classifier of texts, or of pairs of texts. `labels` are the names of its classes, by their ids.
+
+    `function_to_apply` is what makes scores of its logits, chosen as transformers' text-classification pipeline does:
+    "none" for the config's problem_type "regression"; else "sigmoid" for "multi_label_classification" and for a single
+    label; else "softmax"."""
+
+    def __init__(self, checkpoint: Checkpoint, **options: Any):
+        self.check(checkpoint)
+        architecture = checkpoint.architecture("ForSequenceClassification")
+        if not architecture.endswith("ForSequenceClassification"):
+            raise checkpoint.refuse("sequence classifier")
+        super().__init__(checkpoint, network_class(architecture), **options)
+        self.network: Callable[[PackedBatch], Tensor] = self.graphed(self.model)
+        self.labels = self.config.labels
+        problem = self.config.problem_type
+        several = problem == "multi_label_classification" or len(self.labels) == 1
+        self.function_to_apply = "none" if problem == "regression" else "sigmoid" if several else "softmax"
+
+    @keyworded
+    def predict(
+        self,
+        texts: str | Iterable[Text],
+        *,
+        top_k: int | None = None,
+        function_to_apply: str | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> list[Any]:
+        """For every text a list of {"label", "score"}, best first; of one string, that list alone.
+
+        texts: a string, or an iterable of strings and of pairs of strings (tuples or lists); one pair is [(a, b)].
+        top_k: how many labels; None: all. function_to_apply: "softmax", "sigmoid" or "none" on the logits; None: the
+        model's own. Equal scores stay in the order of their ids. The numbers are those of transformers'
+        pipeline("text-classification", top_k=top_k), but texts over max_seq_length are cut (on_long). Raises
+        OptionError for another function or a top_k below 1, TypeError for an item that is no text and no pair.
+        """
+        top_k = None if top_k is None else whole_number("top_k", top_k)
+        single = isinstance(texts, str)
+        scores = self.predict_proba(
+            [texts] if isinstance(texts, str) else texts,
+            function_to_apply=function_to_apply,
+            show_progress_bar=show_progress_bar,
+        )
+        rows = [
+            [{"label": self.labels[i], "score": float(row[i])} for i in order[:top_k]]
+            for row, order in zip(scores, np.argsort(-scores, axis=-1, kind="stable").tolist(), strict=True)
+        ]
+        return rows[0] if single else rows
+
+    __call__ = predict
+
+    @keyworded
+    def predict_proba(
+        self,
+        texts: str | Iterable[Text],
+        *,
+        function_to_apply: str | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray:
+        """Scores of all labels in the order of their ids, (N, labels), fp32; of one string, (labels,).
+
+        texts, function_to_apply: as in `predict`; "none" gives the logits.
+        """
+        name = self.function_to_apply if function_to_apply is None else str(function_to_apply).lower()
+        if name not in _FUNCTIONS:
+            raise OptionError(f"function_to_apply is {shown(function_to_apply)}; it must be {', '.join(_FUNCTIONS)}")
+        given, single = listed(texts, "texts", check_text_or_pair, "a str or an iterable of str or pairs", dimensions=2)
+        scores = self._stacked(self.rows(given, self._forward(name), show_progress_bar))
+        return scores[0] if single else scores
+
+    @keyworded
+    def zero_shot(
+        self,
+        texts: str | Iterable[str],
+        labels: str | Iterable[str],
+        *,
+        hypothesis_template: str = "This example is {}.",
+        multi_label: bool = False,
+        show_progress_bar: bool | None = None,
+    ) -> Any:
+        """For every text {"sequence": the text, "labels": best first, "scores": of those}; of one string, one dict.
+
+        A model of natural language inference reads each text as the premise of every label's hypothesis, which is the
+        template with the label in place of {}. labels: a list, or one string with commas between them. Scores are the
+        softmax of the entailment's logits over the labels; with multi_label, or a single label, each label's
+        entailment against contradiction. The numbers are those of transformers' pipeline("zero-shot-classification"):
+        entailment is the label of the config's label2id whose name starts with "entail" (where there is none the last
+        one, with a warning), contradiction the first label, or the last one if entailment is the first. Only the text
+        is cut to fit max_seq_length.
+
+        Raises OptionError without labels, for a template without {}, and for a hypothesis that leaves no room for a
+        text.
+        """
+        if isinstance(labels, str):
+            names = [name for name in map(str.strip, labels.split(",")) if name]
+        else:
+            names = list(listed(labels, "labels")[0])
+        hypotheses = self._hypotheses(names, hypothesis_template)
+        entailment = self._entailment()
+        items, single = listed(texts, "texts")
+        kept: list[str] = []
+
+        def pairs() -> Iterator[FirstCut]:
+            for text in items:
+                kept.append(text)
+                yield from (FirstCut((text, hypothesis)) for hypothesis in hypotheses)
+
+        count = length(items)
+        blocks = self.run(pairs(), self._forward("none"), show_progress_bar, count and count * len(names))
+        by_label = self._stacked([row for block in blocks for row in block]).reshape(-1, len(names), len(self.labels))
+        if multi_label or len(names) == 1:
+            scores = _softmax(by_label[..., [-1 if entailment == 0 else 0, entailment]])[..., 1]
+        else:
+            scores = _softmax(by_label[..., entailment])
+        orders = np.argsort(scores, axis=-1)[:, ::-1].tolist()
+        results = [
+            {"sequence": text, "labels": [names[i] for i in order], "scores": [float(row[i]) for i in order]}
+            for text, row, order in zip(kept, scores, orders, strict=True)
+        ]
+        return results[0] if single else results
+
+    def _forward(self, function: str) -> Callable[[PackedBatch], Iterator[Tensor | None]]:
+        def forward(batch: PackedBatch) -> Iterator[Tensor | None]:
+            logits = self.network(batch).float()
+            return on_host(_FUNCTIONS[function](logits), logits)
+
+        return forward
+
+    def _stacked(self, rows: list[Tensor]) -> np.ndarray:
+        return torch.stack(rows).numpy() if rows else np.empty((0, len(self.labels)), np.float32)
+
+    def _hypotheses(self, labels: list[str], template: str) -> list[str]:
+        if not labels:
+            raise OptionError("zero_shot needs at least one label")
+        try:
+            made = [template.format(label) for label in labels]
+        except (AttributeError, IndexError, KeyError, ValueError) as error:
+            raise OptionError(f"hypothesis_template {shown(template)} can't be filled: {shown(error)}") from None
+        if made[0] == template:
+            raise OptionError(f"hypothesis_template {shown(template)} has no {{}} for the label")
+        for hypothesis in made:
+            (ids,), cut = self.tokenizer.encode([("", hypothesis)])
+            if cut or len(ids) == self.tokenizer.max_length:
+                raise OptionError(
+                    f"the hypothesis {shown(hypothesis)} leaves no room for a text: max_seq_length is "
+                    f"{self.max_seq_length}; shorten the label or the template"
+                )
+        return made
+
+    def _entailment(self) -> int:
+        found = self.config.entailment_id
+        if found is None:
+            warn(
+                f"no label of {shown(list(self.labels))} starts with 'entail': the last one is taken for entailment. "
+                "Is this a model of natural language inference?"
+            )
+            return len(self.labels) - 1
+        if found >= len(self.labels):
+            raise CheckpointError(f"label2id has entailment at {found}; this model has {len(self.labels)} labels")
+        return found
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    powers = np.exp(x - x.max(-1, keepdims=True))
+    result: np.ndarray = powers / powers.sum(-1, keepdims=True)
+    return result

@@ -1,0 +1,164 @@
+"""Texts -> labelled words and spans: named entities, parts of speech and other labels of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from .batch import PackedBatch
+from .heads import network_class
+from .inputs import keeping, length, listed
+from .pipeline import Checkpoint, Pipeline, keyworded
+from .reading import OptionError, shown
+from .tokenizer import Span
+
+STRATEGIES = ("none", "simple", "first", "average", "max")
+Entity = dict[str, Any]
+
+
+class _Piece(NamedTuple):
+    """A token, or a whole word of them: its label, and where it is."""
+
+    place: int
+    word: str
+    start: int
+    end: int
+    entity: str
+    score: np.float32
+
+
+class TokenClassifier(Pipeline):
+    """A classifier of every token of a text. `labels` are the names of its classes, by their ids."""
+
+    def __init__(self, checkpoint: Checkpoint, **options: Any):
+        self.check(checkpoint)
+        architecture = checkpoint.architecture("ForTokenClassification")
+        if not architecture.endswith("ForTokenClassification"):
+            raise checkpoint.refuse("token classifier")
+        super().__init__(checkpoint, network_class(architecture), **options)
+        self.network = self.graphed(self.model)
+        self.labels = self.config.labels
+
+    @keyworded
+    def predict(
+        self,
+        texts: str | Iterable[str],
+        *,
+        aggregation_strategy: str = "simple",
+        ignore_labels: Iterable[str] = ("O",),
+        show_progress_bar: bool | None = None,
+    ) -> list[Any]:
+        """For every text a list of what was found, in the text's order; of one string, that list alone.
+
+        aggregation_strategy "none": a {"entity", "score", "index", "word", "start", "end"} for each token: its label,
+        the label's probability, the token's place among the text's tokens (special ones are counted, and left out), the
+        token as the vocabulary spells it, and the characters [start, end) of the text. The others: an {"entity_group",
+        "score", "word", "start", "end"} for neighbours of one label; "B-" starts a new one, and "B-" and "I-" are left
+        out of the label's name; the score is the mean. "simple" takes tokens as they are; "first", "average" and "max"
+        first give the tokens of a word one label: its first token's, the one of their mean probabilities, its surest
+        token's. ignore_labels: what is left out, an entity or an entity_group by its name.
+
+        The numbers, words and places are those of transformers' pipeline("token-classification"), whose own default is
+        "none". As there a token goes on with a word if it is no longer as it stands in the text ("##ing"), and in
+        vocabularies without such a mark if no space is before or at its first character. Texts over max_seq_length are
+        cut (on_long): what lies beyond has no entities. Raises OptionError for another strategy, TypeError for an item
+        that is no string.
+        """
+        if aggregation_strategy not in STRATEGIES:
+            raise OptionError(
+                f"aggregation_strategy is {shown(aggregation_strategy)}; it must be one of {', '.join(STRATEGIES)}"
+            )
+        ignored = {ignore_labels} if isinstance(ignore_labels, str) else set(ignore_labels)
+        items, single = listed(texts, "texts")
+        waiting: list[str] = []
+
+        def read() -> Iterator[str]:
+            for text in items:
+                waiting.append(text)
+                yield text
+
+        def forward(batch: PackedBatch) -> list[Tensor | None]:
+            rows = self.network(batch).float().cpu().split(batch.seqlens)
+            return [row.softmax(-1) if row.isfinite().all() else None for row in rows]
+
+        results: list[list[Entity]] = []
+        with keeping(lambda: results, items):
+            for block in self.run(read(), forward, show_progress_bar, length(items)):
+                window, waiting[:] = waiting[: len(block)], waiting[len(block) :]
+                for text, tokens, scores in zip(window, self.tokenizer.offsets(window), block, strict=True):
+                    found = self._entities(text, tokens, scores.numpy(), aggregation_strategy)
+                    results.append([e for e in found if e.get("entity", e.get("entity_group")) not in ignored])
+        return results[0] if single else results
+
+    __call__ = predict
+
+    def _entities(
+        self, text: str, tokens: list[tuple[int, Span | None]], scores: np.ndarray, strategy: str
+    ) -> list[Entity]:
+        """tokens: of the text, special ones with None; scores: (tokens, labels), fp32."""
+        words: list[list[tuple[int, str, int, int]]] = []
+        by_word = strategy not in ("none", "simple")
+        for index, (token_id, span) in enumerate(tokens):
+            if span is None:
+                continue
+            word, goes_on = self._word(text, token_id, *span)
+            if not (by_word and goes_on and words):
+                words.append([])
+            words[-1].append((index, word, *span))
+        pieces = [self._piece(word, scores[word[0][0] : word[-1][0] + 1], strategy) for word in words]
+        if strategy == "none":
+            return [{"entity": p.entity, "score": float(p.score), **_place(p, p, p.word, p.place)} for p in pieces]
+        return [
+            {
+                "entity_group": group[0].entity.split("-", 1)[-1],
+                "score": float(np.mean([p.score for p in group])),
+                **_place(group[0], group[-1], self.tokenizer.joined([p.word for p in group])),
+            }
+            for group in _groups(pieces)
+        ]
+
+    def _word(self, text: str, token_id: int, start: int, end: int) -> tuple[str, bool]:
+        """The token as the pipeline calls it, and whether it goes on with the word before it."""
+        word = self.tokenizer.token(token_id)
+        if token_id == self.tokenizer.unk_token_id:
+            return text[start:end], False
+        if self.tokenizer.knows_subwords:
+            return word, len(word) != end - start
+        return word, start > 0 and " " not in text[start - 1 : start + 1]
+
+    def _piece(self, tokens: list[tuple[int, str, int, int]], scores: np.ndarray, strategy: str) -> _Piece:
+        """scores: (tokens of the word, labels)."""
+        sure = scores.max(1).argmax() if strategy == "max" else 0
+        row = scores.mean(0) if strategy == "average" else scores[sure]
+        words = [word for _, word, _, _ in tokens]
+        best = row.argmax()
+        return _Piece(
+            place=tokens[0][0],
+            word=words[0] if strategy in ("none", "simple") else self.tokenizer.joined(words),
+            start=tokens[0][2],
+            end=tokens[-1][3],
+            entity=self.labels[best],
+            score=row[best],
+        )
+
+
+def _place(first: _Piece, last: _Piece, word: str, index: int | None = None) -> Entity:
+    return {**({} if index is None else {"index": index}), "word": word, "start": first.start, "end": last.end}
+
+
+def _groups(pieces: list[_Piece]) -> list[list[_Piece]]:
+    """Neighbours of one label; "B-" starts a new group."""
+    groups: list[list[_Piece]] = []
+    for piece in pieces:
+        goes_on = not piece.entity.startswith("B-") and groups and _tag(groups[-1][-1]) == _tag(piece)
+        if not goes_on:
+            groups.append([])
+        groups[-1].append(piece)
+    return groups
+
+
+def _tag(piece: _Piece) -> str:
+    return piece.entity[2:] if piece.entity.startswith(("B-", "I-")) else piece.entity

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import pooling
+from . import pooling, sparse
 from .batch import PackedBatch
-from .heads import GteTokenClassifier, encoder_class
+from .heads import GteTokenClassifier, encoder_class, masked_lm_class
 from .pipeline import Checkpoint, Pipeline, check_text, length, listed, warn
 from .pooling import PRECISIONS, quantize_embeddings
 from .reading import CheckpointError, OptionError
+from .sparse_config import TASKS, Static
 from .st_config import Pooling, finish, on_vectors
 from .weights import BUNDLED
 
@@ -23,7 +25,10 @@ from .weights import BUNDLED
 class Embedder(Pipeline):
     """An embedding model. `prompts`, `default_prompt_name`, `similarity_fn_name` and `max_seq_length` are the
     repository's own; `dimension` is the width of its vectors before `truncate_dim`, which may be given to
-    `from_pretrained` for all of them. Without a path_or_id that takes the bundled model, and says so on stderr."""
+    `from_pretrained` for all of them. Without a path_or_id that takes the bundled model, and says so on stderr.
+
+    `sparse`: whether it has `encode_sparse`. A sparse encoder (SPLADE) has nothing else: `splade` is what its files
+    say, `max_active_dims` how many weights a text keeps (None: all), and `dimension` its vocabulary's size."""
 
     default_model = BUNDLED
     own_options = ("truncate_dim",)
@@ -33,13 +38,16 @@ class Embedder(Pipeline):
         sentence = checkpoint.sentence
         if checkpoint.use not in ("Embedder", "FillMask"):
             raise checkpoint.refuse("embedding model")
-        if sentence.pooling is None:
+        self.splade = sentence.sparse
+        if sentence.pooling is None and self.splade is None:
             warn(
                 f"{checkpoint.root} has no pooling files: it is not an embedding model, or lacks modules.json and "
                 "1_Pooling/config.json. Its tokens are averaged, and unrelated texts will look alike"
             )
-        self.sparse = checkpoint.sparse
-        super().__init__(checkpoint, GteTokenClassifier if self.sparse else encoder_class(checkpoint.config), **options)
+        self.sparse = checkpoint.sparse or self.splade is not None
+        network = GteTokenClassifier if checkpoint.sparse else encoder_class(checkpoint.config)
+        network = masked_lm_class(checkpoint.config) if self.splade else network
+        super().__init__(checkpoint, network, **options)
         self.prompts = dict(sentence.prompts or {})
         self.default_prompt_name = sentence.default_prompt_name
         self.similarity_fn_name = sentence.similarity_fn_name
@@ -50,6 +58,12 @@ class Embedder(Pipeline):
         width = self.config.hidden_size * len(self.pooling.modes)
         self.dense = on_vectors(checkpoint.root, sentence.dense, width, self.device)
         self.dimension = self.dense[-1].out_features if self.dense else width
+        self.max_active_dims = self.splade.max_active_dims if self.splade else None
+        self.static: dict[str, sparse.StaticWeights] = {}  # of a sparse encoder's queries that need no network
+        if self.splade:
+            self.dimension = self.config.vocab_size
+            places = [road.folder for road in self.splade.roads if isinstance(road, Static)]
+            self.static = {place: sparse.StaticWeights(checkpoint.root, checkpoint.root / place) for place in places}
         self.truncate_dim = self._check_dim(truncate_dim)
 
     def encode(
@@ -72,6 +86,7 @@ class Embedder(Pipeline):
         before normalising. precision, ranges: see `quantize_embeddings`. show_progress_bar: None shows one on a
         terminal. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode.
         """
+        self._check_dense()
         if precision not in PRECISIONS:
             raise OptionError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
         single = isinstance(sentences, str)
@@ -106,6 +121,7 @@ class Embedder(Pipeline):
         show_progress_bar: bool | None = None,
     ) -> Iterator[np.ndarray]:
         """As `encode`, but yields blocks of vectors (n, dimension), fp32, in order, as they are ready."""
+        self._check_dense()
         prompt = self._resolve_prompt(prompt_name, prompt)
         sentences, _ = listed(sentences, "sentences")
         skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
@@ -126,40 +142,59 @@ class Embedder(Pipeline):
         for rows in self.run(texts(), forward, show_progress_bar, length(sentences)):
             yield torch.stack(rows).numpy()
 
-    def encode_sparse(self, sentences: str | Iterable[str], *, show_progress_bar: bool | None = None) -> Any:
-        """For every text {token: weight}, a list in their order; of one string, one dict.
+    def encode_sparse(
+        self,
+        sentences: str | Iterable[str],
+        *,
+        task: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        max_active_dims: int | None = None,
+        keys: str = "tokens",
+        show_progress_bar: bool | None = None,
+    ) -> Any:
+        """For every text {token: weight}, a list in their order; of one string, one dict. Two texts match by the sum,
+        over the tokens that they share, of the products of both weights.
 
-        As gte-multilingual-base's card has it: a token's weight is the larger one of 0 and the token classifier's
-        logit, the largest where a token comes several times; tokens without a weight, and special ones, are left out.
-        Tokens are as decoded, without SentencePiece's mark of a word's start: a lone one is "".
-        Two texts match by the sum, over the tokens that they share, of the products of both weights. Raises
-        CheckpointError for a model that doesn't have such weights.
+        Of a sparse encoder (SPLADE), as sentence-transformers' SparseEncoder has it: any token of the vocabulary may
+        have a weight, special ones, too. Of gte-multilingual-base, as its card has it: a token's weight is the larger
+        one of 0 and the token classifier's logit, the largest where a token comes several times; special tokens are
+        left out. Tokens without a weight are not in the dict.
+
+        task: "query" or "document", where a sparse encoder's files tell them apart; queries may then need no network.
+        (Those are cut to the length of their own tokenizer, whatever max_seq_length is.) prompt, prompt_name: as in
+        `encode`. max_active_dims: the most weights a text keeps, the largest; None: as the repository says.
+        keys: "tokens", as decoded, without SentencePiece's mark of a word's start (a lone one is ""); of several that
+        are decoded alike, the largest counts. "ids": numbers of tokens, none of which is lost.
+        Raises CheckpointError for a model that doesn't have such weights, OptionError for a task that it doesn't have.
         """
         if not self.sparse:
             raise CheckpointError(
-                f"this {self.config.architecture} has no sparse token weights: they need a token classifier of one "
-                "label beside the encoder, as in Alibaba-NLP/gte-multilingual-base"
+                f"this {self.config.architecture} has no sparse token weights: they need a sparse encoder's files "
+                "(MLMTransformer and SpladePooling in modules.json), or a token classifier of one label beside the "
+                "encoder, as in Alibaba-NLP/gte-multilingual-base"
             )
+        if keys not in sparse.KEYS:
+            raise OptionError(f"keys is {keys!r}; it must be one of {', '.join(sparse.KEYS)}")
+        most = sparse.most_active(max_active_dims, self.max_active_dims)
+        side, forward = self._side(task)
+        prompt = self._resolve_prompt(prompt_name, prompt)
         texts, single = listed(sentences, "sentences")
-
-        def forward(batch: PackedBatch) -> list[tuple[list[int], list[float]]]:
-            weights = self.model(batch).squeeze(-1).float().relu().cpu()
-            ids = batch.input_ids.cpu()
-            parts = zip(ids.split(batch.seqlens), weights.split(batch.seqlens), strict=True)
-            return [(i.tolist(), w.tolist()) for i, w in parts]
-
-        def weigh(ids: list[int], weights: list[float]) -> dict[str, float]:
-            largest: dict[str, float] = {}
-            for i, weight in zip(ids, weights, strict=True):
-                if weight > 0 and i not in self.tokenizer.unweighted:
-                    token = self.tokenizer.decode(i)
-                    largest[token] = max(weight, largest.get(token, 0.0))
-            return largest
-
-        checked = (check_text(text, i) for i, text in enumerate(texts))
-        blocks = self.run(checked, forward, show_progress_bar, length(texts))
-        results = [weigh(*row) for block in blocks for row in block]
+        checked = (prompt + check_text(text, i) for i, text in enumerate(texts))
+        blocks = side.run(checked, forward, show_progress_bar, length(texts))
+        decode = None if keys == "ids" else self.tokenizer.decode
+        rows = (row for block in blocks for row in block)
+        results = [sparse.to_dict(row, i, most, decode) for i, row in enumerate(rows)]
         return results[0] if single else results
+
+    def encode_sparse_query(self, sentences: str | Iterable[str], **kwargs: Any) -> Any:
+        """`encode_sparse` with the task "query" and the prompt of that name; with none if the repository has none."""
+        return self._encode_sparse_as("query", sentences, kwargs)
+
+    def encode_sparse_document(self, sentences: str | Iterable[str], **kwargs: Any) -> Any:
+        """`encode_sparse` with the task "document" and the prompt of that name; with none if the repository has none.
+        (Not with one named "passage" or "corpus": SparseEncoder doesn't take them either.)"""
+        return self._encode_sparse_as("document", sentences, kwargs)
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> np.ndarray:
         """(N, D) and (M, D) -> (N, M) by `similarity_fn_name`; distances (euclidean, manhattan) are negated."""
@@ -176,6 +211,32 @@ class Embedder(Pipeline):
         if kwargs.get("prompt") is None and kwargs.get("prompt_name") is None:
             kwargs["prompt"] = next((self.prompts[name] for name in names if name in self.prompts), "")
         return self.encode(sentences, **kwargs)
+
+    def _encode_sparse_as(self, task: str, sentences: str | Iterable[str], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("prompt") is None and kwargs.get("prompt_name") is None:
+            kwargs["prompt"] = self.prompts.get(task, "")
+        return self.encode_sparse(sentences, task=task, **kwargs)
+
+    def _side(self, task: str | None) -> tuple[Pipeline, Callable[[PackedBatch], list[sparse.Row]]]:
+        """What feeds texts of this task, and what makes rows of their batches."""
+        if task not in (*TASKS, None):
+            raise OptionError(f"task is {task!r}; it must be one of {', '.join(TASKS)}, or None")
+        if self.splade is None:
+            return self, partial(sparse.token_weights, self.model, self.tokenizer.unweighted)
+        road = self.splade.road(task)
+        if road is None:
+            has = [name for name in TASKS if self.splade.road(name)]
+            raise OptionError(f"task is {task!r}, for which this model has no route; it has {has}")
+        if not isinstance(road, Static):
+            return self, partial(sparse.splade_weights, self.model, self.network, road)
+        asking = copy.copy(self)
+        asking.model = static = self.static[road.folder]
+        asking.tokenizer, asking.max_seq_length, asking.typed = static.tokenizer, static.max_length, False
+        return asking, static
+
+    def _check_dense(self) -> None:
+        if self.splade is not None:
+            raise CheckpointError("this is a sparse encoder (SPLADE), without dense vectors: use its encode_sparse")
 
     def _resolve_prompt(self, name: str | None, prompt: str | None) -> str:
         if prompt is not None:

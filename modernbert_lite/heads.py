@@ -174,6 +174,11 @@ def encoder_class(config: Config) -> type[nn.Module]:
     return Gte if isinstance(config, GteConfig) else ModernBert
 
 
+def masked_lm_class(config: Config) -> type[MaskedLM]:
+    """The masked language model on that encoder, whatever `architectures` says."""
+    return GteMaskedLM if isinstance(config, GteConfig) else MaskedLM
+
+
 def use(architecture: str) -> str:
     """The class that runs it for its user; "load_model" where there is none."""
     return next((name for end, name in _USES.items() if architecture.endswith(end)), "load_model")

@@ -71,6 +71,8 @@ class Checkpoint:
             return "LateInteraction"
         if self.sentence.scores:
             return "Reranker"
+        if self.sentence.sparse is not None:
+            return "Embedder"
         return "Embedder" if self.sentence.pooling else use(self.config.architecture)
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .pooling import POOLING, normalize
 from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, Reader, inside, read_json, shown
+from .sparse_config import SparseConfig, read_sparse
 from .weights import load_dense, network_folder, read_modules
 
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
@@ -72,6 +73,7 @@ class SentenceConfig:
     max_seq_length: int | None = None
     lower_case: bool = False
     activation_fn: str | None = None  # of a cross-encoder's scores
+    sparse: SparseConfig | None = None  # of a sparse encoder (SPLADE) only
     late: Late | None = None  # of a late-interaction model only; its prompts are named "query" and "document"
 
 
@@ -87,7 +89,9 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
     if pylate:
         words = texts.get("skiplist_words")
         mask["skiplist_words"] = list(string.punctuation) if words is None else words
-    for module in read_modules(folder):
+    modules = read_modules(folder)
+    found["sparse"] = None if late else read_sparse(folder, modules, texts, _own_settings(network_folder(folder))[1])
+    for module in [] if found["sparse"] else modules:
         kind, place = str(module.get("type")).rpartition(".")[2], module.get("path", "")
         where = inside(folder, place, "modules.json")
         if found.get("normalize") and kind in ("Pooling", "Dense", "LayerNorm"):
@@ -110,6 +114,8 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
             )
     own_path, own = _own_settings(network_folder(folder))
     found |= {**_texts(path, texts, late), **_lengths(own_path, own)}
+    if found["sparse"] and texts.get("similarity_fn_name") is None:
+        found["similarity_fn_name"] = "dot"  # SparseEncoder's default
     if late:
         found["normalize"] = pylate or found.get("normalize", False)
         try:

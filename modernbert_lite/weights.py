@@ -19,6 +19,7 @@ from .linear import Linear
 from .names import Source, match
 from .ops import backend, pack_weight
 from .reading import CheckpointError, OptionError, inside, read_json
+from .sparse_config import ROUTERS, expand
 from .threads import set_threads
 
 BUNDLED = "tiny"
@@ -42,6 +43,10 @@ _NEEDED_PATTERNS = [
     "sentence_*_config.json",
     "[0-9]*_*/*.json",
     "[0-9]*_*/model.safetensors",
+    # The parts of a sparse encoder's Router, such as query_0_SparseStaticEmbedding.
+    "router_config.json",
+    "*_[0-9]*_*/*.json",
+    "*_[0-9]*_*/*.safetensors",
 ]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TABLES = ("tok_embeddings.weight", "word_embeddings.weight")
@@ -183,9 +188,10 @@ def _is_complete(folder: Path, repo: str) -> bool:
         for name in _names(folder)
     ):
         return False
-    with_files = (".Pooling", ".Dense", ".LayerNorm", ".MultiVectorMask")
-    parts = [m.get("path") for m in read_modules(folder) if str(m.get("type")).endswith(with_files)]
-    return all((inside(folder, path, "modules.json") / "config.json").is_file() for path in parts)
+    with_config = ("Pooling", "Dense", "LayerNorm", "MultiVectorMask", "SpladePooling", "SparseStaticEmbedding")
+    files = {**dict.fromkeys(with_config, "config.json"), **dict.fromkeys(ROUTERS, "router_config.json")}
+    parts = [(m.get("path"), str(m.get("type")).rpartition(".")[2]) for m in expand(folder, read_modules(folder))]
+    return all((inside(folder, path, "modules.json") / files[kind]).is_file() for path, kind in parts if kind in files)
 
 
 def _names(folder: Path) -> list[str]:
@@ -194,8 +200,11 @@ def _names(folder: Path) -> list[str]:
 
 
 def network_folder(folder: Path) -> Path:
-    """Where config.json lies: the folder itself, or 0_Transformer/ in the oldest sentence-transformers layout."""
-    paths = [m.get("path", "") for m in read_modules(folder) if str(m.get("type")).endswith(".Transformer")]
+    """Where config.json lies: the folder itself, 0_Transformer/ in the oldest sentence-transformers layout, or the
+    part of a sparse encoder's Router that is a network."""
+    networks = (".Transformer", ".MLMTransformer")
+    modules = expand(folder, read_modules(folder))
+    paths = [m.get("path", "") for m in modules if str(m.get("type")).endswith(networks)]
     return inside(folder, paths[0], "modules.json") if paths else folder
 
 

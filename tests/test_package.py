@@ -107,7 +107,7 @@ def test_star_import():
 # Each may import what stands before it. What is made for a device stands aside: it has its own importers.
 LAYERS = [
     {"reading", "batch"},
-    {"config"},
+    {"config", "sparse_config"},
     {"rotary"},
     {"ops", "threads"},
     {"linear", "pooling"},
@@ -116,7 +116,7 @@ LAYERS = [
     {"heads", "names"},
     {"weights"},
     {"tokenizer", "st_config"},
-    {"pipeline", "writers"},
+    {"pipeline", "writers", "sparse"},
     {"embedder", "reranker", "fill_mask", "late_interaction"},
     {"describe"},
     {"cli"},

@@ -79,6 +79,9 @@ def read_sparse(
 ) -> SparseConfig | None:
     """None for a model that is no sparse encoder. texts: config_sentence_transformers.json; own: the network's
     sentence_bert_config.json. Raises CheckpointError for what isn't known, naming it."""
+    for module in modules:
+        if kind(module) == "Router":
+            _routed(folder, module.get("path", ""))
     flat = expand(folder, modules)
     kinds = [kind(module) for module in flat]
     if not any(name in _SPARSE for name in kinds):
@@ -87,6 +90,12 @@ def read_sparse(
         raise CheckpointError(
             f"{folder}: SparseAutoEncoder is not supported: its weights are no tokens' (known: {_KNOWN})"
         )
+    for module, name in zip(flat, kinds, strict=True):
+        if name not in _KNOWN.split(", "):
+            raise CheckpointError(
+                f"modules.json: module {shown(module.get('type'))} is not supported in a sparse encoder; known: "
+                + _KNOWN
+            )
     networks = [module for module in flat if kind(module) in _NETWORKS]
     if len(networks) != 1:
         raise CheckpointError(

@@ -61,6 +61,8 @@ class Embedder(Pipeline):
         self.max_active_dims = self.splade.max_active_dims if self.splade else None
         self.static: dict[str, sparse.StaticWeights] = {}  # of a sparse encoder's queries that need no network
         if self.splade:
+            if truncate_dim is not None:
+                raise OptionError(f"truncate_dim is {truncate_dim}; a sparse encoder has max_active_dims instead")
             self.dimension = self.config.vocab_size
             places = [road.folder for road in self.splade.roads if isinstance(road, Static)]
             self.static = {place: sparse.StaticWeights(checkpoint.root, checkpoint.root / place) for place in places}
@@ -164,8 +166,9 @@ class Embedder(Pipeline):
         task: "query" or "document", where a sparse encoder's files tell them apart; queries may then need no network.
         (Those are cut to the length of their own tokenizer, whatever max_seq_length is.) prompt, prompt_name: as in
         `encode`. max_active_dims: the most weights a text keeps, the largest; None: as the repository says.
-        keys: "tokens", as decoded, without SentencePiece's mark of a word's start (a lone one is ""); of several that
-        are decoded alike, the largest counts. "ids": numbers of tokens, none of which is lost.
+        keys: "tokens", as decoded, without SentencePiece's mark of a word's start (a lone one is "", and so is what
+        the tokenizer doesn't know); of several that are decoded alike, the largest counts. "ids": numbers of tokens,
+        none of which is lost.
         Raises CheckpointError for a model that doesn't have such weights, OptionError for a task that it doesn't have.
         """
         if not self.sparse:
@@ -175,7 +178,7 @@ class Embedder(Pipeline):
                 "encoder, as in Alibaba-NLP/gte-multilingual-base"
             )
         if keys not in sparse.KEYS:
-            raise OptionError(f"keys is {keys!r}; it must be one of {', '.join(sparse.KEYS)}")
+            raise OptionError(f"keys is {keys!r:.60}; it must be one of {', '.join(sparse.KEYS)}")
         most = sparse.most_active(max_active_dims, self.max_active_dims)
         side, forward = self._side(task)
         prompt = self._resolve_prompt(prompt_name, prompt)
@@ -220,7 +223,7 @@ class Embedder(Pipeline):
     def _side(self, task: str | None) -> tuple[Pipeline, Callable[[PackedBatch], list[sparse.Row]]]:
         """What feeds texts of this task, and what makes rows of their batches."""
         if task not in (*TASKS, None):
-            raise OptionError(f"task is {task!r}; it must be one of {', '.join(TASKS)}, or None")
+            raise OptionError(f"task is {task!r:.60}; it must be one of {', '.join(TASKS)}, or None")
         if self.splade is None:
             return self, partial(sparse.token_weights, self.model, self.tokenizer.unweighted)
         road = self.splade.road(task)
@@ -236,7 +239,10 @@ class Embedder(Pipeline):
 
     def _check_dense(self) -> None:
         if self.splade is not None:
-            raise CheckpointError("this is a sparse encoder (SPLADE), without dense vectors: use its encode_sparse")
+            raise CheckpointError(
+                "this is a sparse encoder (SPLADE), without dense vectors: use Embedder.encode_sparse, "
+                "encode_sparse_query or encode_sparse_document"
+            )
 
     def _resolve_prompt(self, name: str | None, prompt: str | None) -> str:
         if prompt is not None:

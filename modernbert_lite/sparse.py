@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from heapq import nlargest
 from itertools import groupby
@@ -108,9 +109,15 @@ class StaticWeights(nn.Module):
 
 def most_active(given: Any, stored: int | None) -> int | None:
     """How many weights a text keeps. Raises OptionError for `given` that is no whole number above 0, nor None."""
-    if given is not None and (type(given) is not int or given < 1):
-        raise OptionError(f"max_active_dims is {given!r}; it must be a whole number from 1, or None")
-    return stored if given is None else given
+    if given is None:
+        return stored
+    try:
+        most = 0 if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        most = 0
+    if most < 1:
+        raise OptionError(f"max_active_dims is {shown(given)}; it must be a whole number from 1, or None")
+    return most
 
 
 def to_dict(row: Row, i: int, most: int | None, decode: Callable[[int], str] | None) -> dict[Any, float]:

@@ -21,7 +21,7 @@ TASKS = ("query", "document")
 _NETWORKS = ("MLMTransformer", "Transformer")
 _SPARSE = ("MLMTransformer", "SpladePooling", "SparseStaticEmbedding", "SparseAutoEncoder")
 ROUTERS = ("Router", "Asym")  # Asym is its older name
-_KNOWN = "Router, Transformer, MLMTransformer, SpladePooling, SparseStaticEmbedding"
+_KNOWN = (*ROUTERS, *_NETWORKS, "SpladePooling", "SparseStaticEmbedding")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def expand(folder: Path, modules: Sequence[Module]) -> list[Module]:
         place = module.get("path", "")
         routed = kind(module) in ROUTERS and _router_config(folder, place).is_file()
         inner = _routed(folder, place)["types"] if routed else {}
-        found += [_module(place, name, type) for name, type in inner.items()] if inner else [module]
+        found += [_module(place, name, inner[name]) for name in inner] if inner else [module]
     return found if any(kind(module) in _SPARSE for module in found) else list(modules)
 
 
@@ -87,14 +87,12 @@ def read_sparse(
     if not any(name in _SPARSE for name in kinds):
         return None
     if "SparseAutoEncoder" in kinds:
-        raise CheckpointError(
-            f"{folder}: SparseAutoEncoder is not supported: its weights are no tokens' (known: {_KNOWN})"
-        )
+        raise CheckpointError(f"{folder}: SparseAutoEncoder is not supported: its numbers are no weights of tokens")
     for module, name in zip(flat, kinds, strict=True):
-        if name not in _KNOWN.split(", "):
+        if name not in _KNOWN:
             raise CheckpointError(
                 f"modules.json: module {shown(module.get('type'))} is not supported in a sparse encoder; known: "
-                + _KNOWN
+                + ", ".join(_KNOWN)
             )
     networks = [module for module in flat if kind(module) in _NETWORKS]
     if len(networks) != 1:
@@ -112,7 +110,7 @@ def read_sparse(
     if kind(modules[0]) in ROUTERS:
         if len(modules) > 1:
             after = ", ".join(str(module.get("type")) for module in modules[1:])
-            raise CheckpointError(f"modules.json: {after} after a sparse encoder's Router is not supported")
+            raise CheckpointError(f"modules.json: {shown(after)} after a sparse encoder's Router is not supported")
         query, document, other = _roads(folder, modules[0].get("path", ""))
     else:
         query = document = other = _road(folder, modules, "modules.json")
@@ -130,8 +128,8 @@ def _road(folder: Path, modules: Sequence[Module], source: str) -> Splade | Stat
     if len(kinds) != 2 or kinds[0] not in _NETWORKS or kinds[1] != "SpladePooling":
         names = ", ".join(str(module.get("type")) for module in modules)
         raise CheckpointError(
-            f"{source}: a sparse encoder of {names} is not supported; it must be a masked language model and "
-            f"SpladePooling, or SparseStaticEmbedding alone (known: {_KNOWN})"
+            f"{source}: a sparse encoder of {shown(names)} is not supported; it must be a masked language model "
+            f"({' or '.join(_NETWORKS)}) and SpladePooling, or SparseStaticEmbedding alone"
         )
     where = inside(folder, modules[1].get("path", ""), source) / "config.json"
     get = Reader(read_json(where))
@@ -192,6 +190,6 @@ def _routed(folder: Path, place: object) -> dict[str, Any]:
     return raw
 
 
-def _module(place: str, name: str, type: object) -> Module:
+def _module(place: str, name: str, full_name: object) -> Module:
     """A router's part, as modules.json would have it; "" lies where the router does."""
-    return {"type": type, "path": "/".join(filter(None, (place, name)))}
+    return {"type": full_name, "path": "/".join(filter(None, (place, name)))}

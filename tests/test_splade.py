@@ -7,6 +7,8 @@ import pickle
 import shutil
 from pathlib import Path
 
+import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +19,7 @@ from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from modernbert_lite import CheckpointError, Embedder, FillMask, LateInteraction, OptionError, Reranker, sparse
+from modernbert_lite import weights as weights_of
 from modernbert_lite.describe import describe
 from modernbert_lite.pipeline import Checkpoint
 
@@ -304,6 +307,9 @@ def test_only_the_largest_weights_are_kept(save):
         assert_near(mine.encode_sparse_document(TEXTS, keys="ids", max_active_dims=most), right)
         right = weights(theirs.encode_query(TEXTS, max_active_dims=most))
         assert mine.encode_sparse_query(TEXTS, keys="ids", max_active_dims=most) == right
+    assert mine.encode_sparse(TEXTS, max_active_dims=np.int64(2)) == mine.encode_sparse(TEXTS, max_active_dims=2)
+    with pytest.raises(OptionError, match="truncate_dim is 3; a sparse encoder has max_active_dims"):
+        Embedder.from_pretrained(folder, truncate_dim=3)
     for bad in (0, -1, True, "3", 2.0):
         with pytest.raises(OptionError, match="max_active_dims"):
             mine.encode_sparse(TEXTS, max_active_dims=bad)
@@ -383,6 +389,35 @@ def test_the_layout_of_the_hub_opens(save):
     mine, theirs = both(folder)
     assert (mine.encode_sparse_document(TEXTS), mine.encode_sparse_query(TEXTS)) == right
     assert_near(mine.encode_sparse_document(TEXTS, keys="ids"), weights(theirs.encode_document(TEXTS)))
+    # Alibaba's own config, which transformers opens with its code only.
+    config = read(folder / "config.json")
+    theta = config.pop("rope_parameters")["rope_theta"]
+    write(folder / "config.json", config | {"model_type": "new", "architectures": ["NewForMaskedLM"]})
+    edit(folder / "config.json", rope_theta=theta, pack_qkv=True, position_embedding_type="rope")
+    assert_near(Embedder.from_pretrained(folder).encode_sparse(TEXTS, keys="ids"), weights(theirs.encode(TEXTS)))
+
+
+def test_what_is_fetched_from_the_hub_is_all_that_it_needs(save, tmp_path, monkeypatch):
+    """And a cache of an older version, which didn't fetch the router's files, is not complete."""
+    folder = save(routed=True)
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    for name in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=weights_of._NEEDED_PATTERNS):
+        (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, tmp_path / "cache" / name)
+    mine, fetched = (Embedder.from_pretrained(place) for place in (folder, tmp_path / "cache"))
+    assert fetched.encode_sparse_query(TEXTS) == mine.encode_sparse_query(TEXTS)
+    assert fetched.encode_sparse(TEXTS) == mine.encode_sparse(TEXTS)
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: object())  # no other file exists
+    assert weights_of._is_complete(tmp_path / "cache", "some/model")
+    for part in ("document_1_SpladePooling/config.json", "query_0_SparseStaticEmbedding/config.json"):
+        (tmp_path / "cache" / part).rename(tmp_path / "aside")
+        assert not weights_of._is_complete(tmp_path / "cache", "some/model")
+        (tmp_path / "aside").rename(tmp_path / "cache" / part)
+    for path in (tmp_path / "cache" / "document_0_Transformer").iterdir():
+        shutil.copy(path, tmp_path / "cache")
+    (tmp_path / "cache" / "router_config.json").unlink()
+    assert not weights_of._is_complete(tmp_path / "cache", "some/model")
 
 
 def test_older_names_of_classes_open(save):
@@ -419,7 +454,9 @@ def test_other_calls_say_what_to_do(save):
     assert mine.dimension == SIZE
     assert mine.similarity_fn_name == "dot"
     for call in (mine.encode, mine.encode_query, mine.encode_document, lambda texts: next(mine.stream(texts))):
-        with pytest.raises(CheckpointError, match=r"a sparse encoder .*, without dense vectors: use its encode_sparse"):
+        with pytest.raises(
+            CheckpointError, match=r"a sparse encoder .*, without dense vectors: use Embedder.encode_sparse"
+        ):
             call(["cat"])
     with pytest.raises(OptionError, match="task is 'passage'"):
         mine.encode_sparse("cat", task="passage")
@@ -542,7 +579,7 @@ def test_other_modules_beside_them_are_refused_by_name(save, tmp_path):
         Embedder.from_pretrained(folder)
     folder = save(routed=True, name="routed")
     write(folder / "modules.json", [*read(folder / "modules.json"), more | {"type": st + "SpladePooling"}])
-    with pytest.raises(CheckpointError, match="SpladePooling after a sparse encoder's Router"):
+    with pytest.raises(CheckpointError, match="SpladePooling' after a sparse encoder's Router"):
         Embedder.from_pretrained(folder)
 
 

@@ -64,7 +64,7 @@ class Embedder(Pipeline):
             if truncate_dim is not None:
                 raise OptionError(f"truncate_dim is {truncate_dim}; a sparse encoder has max_active_dims instead")
             self.dimension = self.config.vocab_size
-            places = [road.folder for road in self.splade.roads if isinstance(road, Static)]
+            places = {road.folder for road in self.splade.roads if isinstance(road, Static)}
             self.static = {place: sparse.StaticWeights(checkpoint.root, checkpoint.root / place) for place in places}
         self.truncate_dim = self._check_dim(truncate_dim)
 

@@ -21,6 +21,7 @@ from .config import FULL, GteConfig, ModernBertConfig
 from .pipeline import Checkpoint
 from .reading import printable
 from .rope_config import Rope
+from .sparse_config import SparseConfig, Splade, Static
 from .st_config import Late, length_limit
 from .threads import available, set_threads
 from .weights import open_safetensors, pick_device, pick_dtype, weight_files
@@ -45,7 +46,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
     return {
         "folder": str(checkpoint.root),
         "architecture": config.architecture + ("" if config.names_architecture else " (config.json names none)"),
-        "use": checkpoint.use + (" (encode, encode_sparse)" if checkpoint.sparse else ""),
+        "use": checkpoint.use + _calls(checkpoint),
         "parameters": parameters,
         "stored as": ", ".join(stored),
         "hidden size": config.hidden_size,
@@ -62,6 +63,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
         "similarity": sentence.similarity_fn_name,
         "labels": list(config.labels) if "Classification" in config.architecture else [],
         **({} if sentence.late is None else _of_late(sentence.late)),
+        **({} if sentence.sparse is None else _of_sparse(sentence.sparse)),
         "files": _files(root),
     }
 
@@ -78,6 +80,25 @@ def _files(root: Path) -> dict[str, int]:
 
 def _global_layers(config: ModernBertConfig | GteConfig) -> int:
     return config.layer_types.count(FULL) if isinstance(config, ModernBertConfig) else config.num_hidden_layers
+
+
+def _calls(checkpoint: Checkpoint) -> str:
+    if checkpoint.sentence.sparse is not None:
+        return " (encode_sparse)"
+    return " (encode, encode_sparse)" if checkpoint.sparse else ""
+
+
+def _of_sparse(sparse: SparseConfig) -> dict[str, Any]:
+    def shown(road: Splade | Static | None) -> str:
+        if isinstance(road, Static):
+            return "stored weights, without the network"
+        return "none" if road is None else f"{road.strategy} of {road.activation}"
+
+    return {
+        "weights of queries": shown(sparse.query),
+        "weights of documents": shown(sparse.document),
+        "weights kept": sparse.max_active_dims or "all above 0",
+    }
 
 
 def _of_late(late: Late) -> dict[str, Any]:

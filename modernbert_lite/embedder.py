@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import pooling
+from . import pooling, sparse
 from .batch import PackedBatch
-from .heads import GteTokenClassifier, encoder_class
-from .inputs import Given, keeping, length, listed
+from .heads import GteTokenClassifier, encoder_class, masked_lm_class
+from .inputs import Given, check_text, keeping, length, listed
 from .pipeline import Checkpoint, Pipeline, keyworded, on_host, warn
 from .pooling import PRECISIONS, quantize_embeddings
 from .prompts import Prompted
 from .reading import CheckpointError, OptionError, shown, whole_number
+from .sparse_config import TASKS, Static
 from .st_config import SIMILARITIES, USUAL_PROMPTS, Pooling, finish, on_vectors, similarity_name
 from .weights import BUNDLED
 
@@ -28,7 +30,10 @@ class Embedder(Prompted, Pipeline):
     """An embedding model. `prompts`, `default_prompt_name`, `similarity_fn_name` and `max_seq_length` are the
     repository's own, and may be set; `dimension` is the width of its vectors before `truncate_dim`, which may be given
     to `from_pretrained`, or set, for all of them. Without a path_or_id that takes the bundled model, and says so on
-    stderr."""
+    stderr.
+
+    `sparse`: whether it has `encode_sparse`. A sparse encoder (SPLADE) has nothing else: `splade` is what its files
+    say, `max_active_dims` how many weights a text keeps (None: all), and `dimension` its vocabulary's size."""
 
     default_model = BUNDLED
     own_options = ("truncate_dim",)
@@ -39,13 +44,16 @@ class Embedder(Prompted, Pipeline):
         sentence = checkpoint.sentence
         if checkpoint.use not in ("Embedder", "FillMask"):
             raise checkpoint.refuse("embedding model")
-        if sentence.pooling is None:
+        self.splade = sentence.sparse
+        if sentence.pooling is None and self.splade is None:
             warn(
                 f"{checkpoint.root} has no pooling files: it is not an embedding model, or lacks modules.json and "
                 "1_Pooling/config.json. Its tokens are averaged, and unrelated texts will look alike"
             )
-        self.sparse = checkpoint.sparse
-        super().__init__(checkpoint, GteTokenClassifier if self.sparse else encoder_class(checkpoint.config), **options)
+        self.sparse = checkpoint.sparse or self.splade is not None
+        network = GteTokenClassifier if checkpoint.sparse else encoder_class(checkpoint.config)
+        network = masked_lm_class(checkpoint.config) if self.splade else network
+        super().__init__(checkpoint, network, **options)
         self.prompts = sentence.prompts or {}
         self.default_prompt_name = sentence.default_prompt_name
         self.similarity_fn_name = sentence.similarity_fn_name
@@ -58,6 +66,14 @@ class Embedder(Prompted, Pipeline):
         width *= len(self.pooling.modes)
         self.dense = on_vectors(checkpoint.root, sentence.dense, width, self.device)
         self.dimension = self.dense[-1].out_features if self.dense else width
+        self.max_active_dims = self.splade.max_active_dims if self.splade else None
+        self.static: dict[str, sparse.StaticWeights] = {}  # of a sparse encoder's queries that need no network
+        if self.splade:
+            if truncate_dim is not None:
+                raise OptionError(f"truncate_dim is {truncate_dim}; a sparse encoder has max_active_dims instead")
+            self.dimension = self.config.vocab_size
+            places = {road.folder for road in self.splade.roads if isinstance(road, Static)}
+            self.static = {place: sparse.StaticWeights(checkpoint.root, checkpoint.root / place) for place in places}
         stored = sentence.truncate_dim and min(sentence.truncate_dim, self.dimension)
         self.truncate_dim = stored if truncate_dim is None else truncate_dim
 
@@ -113,6 +129,7 @@ class Embedder(Prompted, Pipeline):
         sentence-transformers, where neither normalize_embeddings nor truncate_dim changes tokens' vectors. All of them
         are held in memory.
         """
+        self._check_dense()
         if output_value not in _OUTPUTS:
             raise OptionError(
                 f"output_value is {shown(output_value)}; it must be one of {', '.join(map(repr, _OUTPUTS))}"
@@ -178,6 +195,7 @@ class Embedder(Prompted, Pipeline):
         show_progress_bar: bool | None = None,
     ) -> Iterator[np.ndarray]:
         """As `encode`, but yields blocks of vectors (n, dimension), fp32, in order, as they are ready."""
+        self._check_dense()
         prompt = self._resolve_prompt(prompt_name, prompt)
         given, _ = listed(sentences, "sentences")
         skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
@@ -197,37 +215,51 @@ class Embedder(Prompted, Pipeline):
             yield torch.stack(rows).numpy()
 
     @keyworded
-    def encode_sparse(self, sentences: str | Iterable[str], *, show_progress_bar: bool | None = None) -> Any:
-        """For every text {token: weight}, a list in their order; of one string, one dict.
+    def encode_sparse(
+        self,
+        sentences: str | Iterable[str],
+        *,
+        task: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        max_active_dims: int | None = None,
+        keys: str = "tokens",
+        show_progress_bar: bool | None = None,
+    ) -> Any:
+        """For every text {token: weight}, a list in their order; of one string, one dict. Two texts match by the sum,
+        over the tokens that they share, of the products of both weights.
 
-        As gte-multilingual-base's card has it: a token's weight is the larger one of 0 and the token classifier's
-        logit, the largest where a token comes several times; tokens without a weight, and special ones, are left out.
-        Tokens are as decoded, without SentencePiece's mark of a word's start: a lone one is "".
-        Two texts match by the sum, over the tokens that they share, of the products of both weights. Raises
-        CheckpointError for a model that doesn't have such weights.
+        Of a sparse encoder (SPLADE), as sentence-transformers' SparseEncoder has it: any token of the vocabulary may
+        have a weight, special ones, too. Of gte-multilingual-base, as its card has it: a token's weight is the larger
+        one of 0 and the token classifier's logit, the largest where a token comes several times; special tokens are
+        left out. Tokens without a weight are not in the dict.
+
+        task: "query" or "document", where a sparse encoder's files tell them apart; queries may then need no network.
+        (Those are cut to the length of their own tokenizer, whatever max_seq_length is.) prompt, prompt_name: as in
+        `encode`. max_active_dims: the most weights a text keeps, the largest; None: as the repository says.
+        keys: "tokens", as decoded, without SentencePiece's mark of a word's start (a lone one is "", and so is what
+        the tokenizer doesn't know); of several that are decoded alike, the largest counts. "ids": numbers of tokens,
+        none of which is lost.
+        Raises CheckpointError for a model that doesn't have such weights, OptionError for a task that it doesn't have.
         """
         if not self.sparse:
             raise CheckpointError(
-                f"this {self.config.architecture} has no sparse token weights: they need a token classifier of one "
-                "label beside the encoder, as in Alibaba-NLP/gte-multilingual-base"
+                f"this {self.config.architecture} has no sparse token weights: they need a sparse encoder's files "
+                "(MLMTransformer and SpladePooling in modules.json), or a token classifier of one label beside the "
+                "encoder, as in Alibaba-NLP/gte-multilingual-base"
             )
-        texts, single = listed(sentences, "sentences")
+        if keys not in sparse.KEYS:
+            raise OptionError(f"keys is {keys!r:.60}; it must be one of {', '.join(sparse.KEYS)}")
+        most = sparse.most_active(max_active_dims, self.max_active_dims)
+        side, forward = self._side(task)
+        prompt = self._resolve_prompt(prompt_name, prompt)
+        given, single = listed(sentences, "sentences", lambda text, i: prompt + check_text(text, i))
+        decode = None if keys == "ids" else self.tokenizer.decode
 
-        def forward(batch: PackedBatch) -> list[tuple[list[int], list[float]] | None]:
-            weights = self.model(batch).squeeze(-1).float().cpu()
-            ids = batch.input_ids.cpu()
-            parts = zip(ids.split(batch.seqlens), weights.split(batch.seqlens), strict=True)
-            return [(i.tolist(), w.relu().tolist()) if w.isfinite().all() else None for i, w in parts]
+        def made(rows: list[sparse.Row]) -> list[dict[Any, float]]:
+            return [sparse.to_dict(row, most, decode) for row in rows]
 
-        def weigh(ids: list[int], weights: list[float]) -> dict[str, float]:
-            largest: dict[str, float] = {}
-            for i, weight in zip(ids, weights, strict=True):
-                if weight > 0 and i not in self.tokenizer.unweighted:
-                    token = self.tokenizer.decode(i)
-                    largest[token] = max(weight, largest.get(token, 0.0))
-            return largest
-
-        results = self.rows(texts, forward, show_progress_bar, lambda rows: [weigh(*row) for row in rows])
+        results = side.rows(given, forward, show_progress_bar, made)
         return results[0] if single else results
 
     def _encode_tokens(
@@ -272,6 +304,15 @@ class Embedder(Prompted, Pipeline):
                 results += map(result, block)
         return results[0] if single else results
 
+    def encode_sparse_query(self, sentences: str | Iterable[str], **kwargs: Any) -> Any:
+        """`encode_sparse` with the task "query" and the prompt of that name; with none if the repository has none."""
+        return self._encode_sparse_as("query", sentences, kwargs)
+
+    def encode_sparse_document(self, sentences: str | Iterable[str], **kwargs: Any) -> Any:
+        """`encode_sparse` with the task "document" and the prompt of that name; with none if the repository has none.
+        (Not with one named "passage" or "corpus": SparseEncoder doesn't take them either.)"""
+        return self._encode_sparse_as("document", sentences, kwargs)
+
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> np.ndarray:
         """(N, D) and (M, D) -> (N, M) by `similarity_fn_name`; distances (euclidean, manhattan) are negated. One vector
         (D,) counts as (1, D), an empty list as (0, D)."""
@@ -291,6 +332,35 @@ class Embedder(Prompted, Pipeline):
         if kwargs.get("prompt") is None and kwargs.get("prompt_name") is None:
             kwargs["prompt"] = next((self.prompts[name] for name in names if name in self.prompts), "")
         return self.encode(sentences, **kwargs)
+
+    def _encode_sparse_as(self, task: str, sentences: str | Iterable[str], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("prompt") is None and kwargs.get("prompt_name") is None:
+            kwargs["prompt"] = self.prompts.get(task, "")
+        return self.encode_sparse(sentences, task=task, **kwargs)
+
+    def _side(self, task: str | None) -> tuple[Pipeline, Callable[[PackedBatch], list[Any]]]:
+        """What feeds texts of this task, and what makes rows of their batches."""
+        if task not in (*TASKS, None):
+            raise OptionError(f"task is {task!r:.60}; it must be one of {', '.join(TASKS)}, or None")
+        if self.splade is None:
+            return self, partial(sparse.token_weights, self.model, self.tokenizer.unweighted)
+        road = self.splade.road(task)
+        if road is None:
+            has = [name for name in TASKS if self.splade.road(name)]
+            raise OptionError(f"task is {task!r}, for which this model has no route; it has {has}")
+        if not isinstance(road, Static):
+            return self, partial(sparse.splade_weights, self.model, self.network, road)
+        asking = copy.copy(self)
+        asking.model = static = self.static[road.folder]
+        asking.tokenizer, asking.max_seq_length, asking.typed = static.tokenizer, static.max_length, False
+        return asking, static
+
+    def _check_dense(self) -> None:
+        if self.splade is not None:
+            raise CheckpointError(
+                "this is a sparse encoder (SPLADE), without dense vectors: use Embedder.encode_sparse, "
+                "encode_sparse_query or encode_sparse_document"
+            )
 
     def _check_dim(self, dim: int | None) -> int | None:
         return None if dim is None else whole_number("truncate_dim", dim, 1, self.dimension)

@@ -188,6 +188,11 @@ def encoder_class(config: Config) -> type[nn.Module]:
     return Gte if isinstance(config, GteConfig) else ModernBert
 
 
+def masked_lm_class(config: Config) -> type[MaskedLM]:
+    """The masked language model on that encoder, whatever `architectures` says."""
+    return GteMaskedLM if isinstance(config, GteConfig) else MaskedLM
+
+
 def use(architecture: str) -> str:
     """The class that runs it for its user (a sequence classifier has two: Classifier and Reranker); "load_model" where
     there is none. Of an unknown architecture the encoder can be run."""

@@ -116,6 +116,8 @@ class Checkpoint:
             return "LateInteraction"
         if self.sentence.scores:
             return "Reranker"
+        if self.sentence.sparse is not None:
+            return "Embedder"
         if self.sentence.pooling:
             return "Embedder"
         name = use(self.config.architecture)

@@ -25,7 +25,8 @@ from .reading import (
     read_json,
     shown,
 )
-from .st_settings import Settings, read_settings
+from .sparse_config import SparseConfig, read_sparse
+from .st_settings import Settings, own_settings, read_settings
 from .weights import load_dense, module_kind, network_folder, read_modules
 
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
@@ -104,6 +105,7 @@ class SentenceConfig:
     truncate_dim: int | None = None
     settings: Settings = field(default_factory=Settings)  # of the network and its tokenizer
     activation_fn: str | None = None  # of a cross-encoder's scores
+    sparse: SparseConfig | None = None  # of a sparse encoder (SPLADE) only
     late: Late | None = None  # of a late-interaction model only; its prompts are named "query" and "document"
 
 
@@ -129,7 +131,10 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
     names = [module["name"] for module in modules if "name" in module]
     if len({str(name) for name in names}) < len(names):  # the last one of a name takes the place of the first there
         raise CheckpointError(f"modules.json: two modules have one name: {shown(names)}")
-    for module in modules:
+    sparse = found["sparse"] = (
+        None if late else read_sparse(folder, modules, texts, own_settings(network_folder(folder))[1])
+    )
+    for module in [] if sparse else modules:
         kind, place = module_kind(module), module.get("path", "")
         where = inside(folder, place, "modules.json")
         if kind == "Transformer" and module is modules[0]:
@@ -154,9 +159,11 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
         else:
             raise _unknown(module, late)
     found |= {"model_type": model_type, **_texts(path, texts, late, model_type)}
+    if sparse and texts.get("similarity_fn_name") is None:
+        found["similarity_fn_name"] = "dot"  # SparseEncoder's default
     found["scores"] = not late and bool(made.get("scores")) and model_type != "SentenceTransformer"
     wanted = "token_embeddings" if late else "scores" if found["scores"] else "sentence_embedding"
-    if len(modules) > 1 and wanted not in made:
+    if len(modules) > 1 and not sparse and wanted not in made:
         raise CheckpointError(f"modules.json: none of its modules makes {wanted!r}: is one missing, such as Pooling?")
     steps = made.get(wanted, ())
     if steps and not late:

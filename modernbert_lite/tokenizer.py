@@ -237,6 +237,15 @@ class Tokenizer:
                         self._long_words = self._words_without_pieces()
                 return
 
+    def leave_out_template(self) -> None:
+        """Makes texts come without the template's special tokens. To be called before any text is encoded."""
+        self._single, self._pair = [(~0, 0)], [(~0, 0), (~1, 1)]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens that the file knows, added ones included: as many as transformers' get_vocab() has."""
+        return int(self._rust.get_vocab_size())
+
     def decode(self, token_id: int) -> str:
         """One token as text, as transformers' decode([token_id]): a leading space stays in byte-level vocabularies, and
         is dropped in SentencePiece's Unigram ones."""

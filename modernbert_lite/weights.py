@@ -30,6 +30,7 @@ from .reading import (
     shown,
     warn,
 )
+from .sparse_config import ROUTERS, expand
 from .threads import set_threads, survive_forks
 
 BUNDLED = "tiny"
@@ -55,6 +56,10 @@ _NEEDED_PATTERNS = [
     "sentence_*_config.json",
     "[0-9]*_*/*.json",
     "[0-9]*_*/model.safetensors",
+    # The parts of a sparse encoder's Router, such as query_0_SparseStaticEmbedding.
+    "router_config.json",
+    "*_[0-9]*_*/*.json",
+    "*_[0-9]*_*/*.safetensors",
 ]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TABLES = ("tok_embeddings.weight", "word_embeddings.weight")
@@ -223,9 +228,10 @@ def _is_complete(folder: Path, repo: str) -> bool:
             for name in _names(folder)
         ):
             return False
-        with_files = ("Pooling", "Dense", "LayerNorm", "MultiVectorMask")
-        parts = [m.get("path") for m in read_modules(folder) if module_kind(m) in with_files]
-        return all(is_there(inside(folder, path, "modules.json") / "config.json") for path in parts)
+        with_config = ("Pooling", "Dense", "LayerNorm", "MultiVectorMask", "SpladePooling", "SparseStaticEmbedding")
+        files = {**dict.fromkeys(with_config, "config.json"), **dict.fromkeys(ROUTERS, "router_config.json")}
+        parts = [(m.get("path"), module_kind(m)) for m in expand(folder, read_modules(folder))]
+        return all(is_there(inside(folder, path, "modules.json") / files[k]) for path, k in parts if k in files)
     except CheckpointError:  # a file is damaged: a link to a blob that is gone is mended by the client
         return False
 
@@ -245,7 +251,9 @@ def network_folder(folder: Path) -> Path:
 
 
 def _network(folder: Path) -> Path:
-    paths = [m.get("path", "") for m in read_modules(folder) if module_kind(m) == "Transformer"]
+    """The folder of the module that is a network; of a sparse encoder's Router, the part of it that is one."""
+    modules = expand(folder, read_modules(folder))
+    paths = [m.get("path", "") for m in modules if module_kind(m) in ("Transformer", "MLMTransformer")]
     return inside(folder, paths[0], "modules.json") if paths else folder
 
 

@@ -108,7 +108,7 @@ def test_star_import():
 LAYERS = [
     {"reading", "batch"},
     {"rope_config"},
-    {"config", "foreign", "prompts", "st_settings"},
+    {"config", "foreign", "prompts", "sparse_config", "st_settings"},
     {"rotary"},
     {"ops", "threads"},
     {"linear", "pooling"},
@@ -119,7 +119,7 @@ LAYERS = [
     {"tokenizer_files"},
     {"tokenizer", "st_config"},
     {"inputs"},
-    {"pipeline", "writers"},
+    {"pipeline", "sparse", "writers"},
     {"classifier", "embedder", "fill_mask", "late_interaction", "reranker", "token_classifier"},
     {"describe"},
     {"cli"},

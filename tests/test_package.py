@@ -106,8 +106,8 @@ def test_star_import():
 
 # Each may import what stands before it. What is made for a device stands aside: it has its own importers.
 LAYERS = [
-    {"reading", "batch"},
-    {"config"},
+    {"reading", "batch", "console"},
+    {"config", "inputs", "outputs"},
     {"rotary"},
     {"ops", "threads"},
     {"linear", "pooling"},

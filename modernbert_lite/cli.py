@@ -95,10 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     embed = command("embed", _embed, "Texts to vectors.")
-    embed.add_argument(
-        "texts", nargs="*", type=_text, metavar="TEXT", help="texts; without any, --input or standard input"
-    )
-    _add_input(embed)
+    _add_texts(embed, "TEXT")
     embed.add_argument("--output", "-o", type=Path, metavar="FILE", help="'-', the default, is standard output")
     embed.add_argument(
         "--format",
@@ -125,10 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     rerank.add_argument("--format", choices=("table", "jsonl"), default="table", help="default: table")
 
     fill = command("fill-mask", _fill_mask, "The likeliest tokens for every [MASK] (in some models <mask>).")
-    fill.add_argument(
-        "texts", nargs="*", type=_text, metavar="TEXT", help="texts; without any, --input or standard input"
-    )
-    _add_input(fill)
+    _add_texts(fill, "TEXT")
     _add_model(fill, "a masked language model", required=True)
     fill.add_argument("--top-k", type=_count, default=5, metavar="K", help="default: 5")
     fill.add_argument("--format", choices=("table", "jsonl"), default="table", help="default: table")

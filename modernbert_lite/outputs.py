@@ -106,13 +106,13 @@ class _Lock:
         while True:
             self._number, created = self._open()
             try:
-                if self._locked(created) and self._is_there():
+                if self._locked(created):
                     self._sign()
                     return
             except BaseException:
                 os.close(self._number)
                 raise
-            os.close(self._number)  # its last holder deleted it after it was opened here
+            os.close(self._number)
 
     def _open(self) -> tuple[int, bool]:
         while True:
@@ -125,13 +125,16 @@ class _Lock:
                 return os.open(self._path, _OLD), False
 
     def _locked(self, created: bool) -> bool:
-        """Whether the lock is held now; raises ValueError where another process has it."""
+        """Whether the lock is held now, or the file was deleted by its last holder after it was opened here. Raises
+        ValueError where another process has the lock."""
         hint = "wait for it, or choose another --output"
         try:
             import fcntl
 
             fcntl.flock(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            with suppress(FileNotFoundError):
+                return os.path.samestat(os.fstat(self._number), os.stat(self._path, follow_symlinks=False))
+            return False
         except BlockingIOError:
             pass
         except (ImportError, OSError):  # Windows; a folder without locks
@@ -140,14 +143,10 @@ class _Lock:
             hint += f" (if that process has ended, delete {self._path})"
         raise ValueError(f"{self._output} is being written by {self._holder()}; {hint}") from None
 
-    def _is_there(self) -> bool:
-        with suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(self._number), os.stat(self._path, follow_symlinks=False))
-        return False
-
     def _holder(self) -> str:
         for _ in range(20):  # it signs just after it has the lock
-            if signed := os.pread(self._number, 300, 0) if hasattr(os, "pread") else self._path.read_bytes():
+            os.lseek(self._number, 0, os.SEEK_SET)
+            if signed := os.read(self._number, 300):
                 return signed.removeprefix(_MARK).decode(errors="replace").strip()
             time.sleep(0.02)
         return "another process"

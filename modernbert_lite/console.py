@@ -162,8 +162,11 @@ def quiet_streams() -> Iterator[None]:
 def check_stdout() -> None:
     """Raises OSError if standard output is closed or full: before the work, not after."""
     if sys.stdout is None:
-        raise OSError("standard output is closed")
+        raise OSError("standard output is closed; send it to a file or a program")
     with suppress(AttributeError, ValueError):  # no file behind it
         number = sys.stdout.fileno()
-        if os.name == "posix":  # elsewhere nothing, written to a pipe, may be taken for its end
-            os.write(number, b"")
+        try:
+            if os.name == "posix":  # elsewhere nothing, written to a pipe, may be taken for its end
+                os.write(number, b"")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from None

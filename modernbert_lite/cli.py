@@ -20,9 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     for SIGTERM, 129 for SIGHUP); one line on stderr says why. Raises SystemExit as argparse does."""
     with console.quiet_streams(), console.stoppable():
         try:
-            return _run(argv)
+            status = _run(argv)
         except console.Stopped as error:  # while a failure was being reported
-            return error.status
+            status = error.status
+    if argv is None:
+        console.end_quietly()
+    return status
 
 
 def _run(argv: list[str] | None) -> int:
@@ -35,7 +38,11 @@ def _run(argv: list[str] | None) -> int:
         else:
             raise
     try:
-        args.run(args)
+        try:
+            args.run(args)
+        except Exception:
+            console.check_signals()
+            raise
         if sys.stdout is not None:
             sys.stdout.flush()
         return 0
@@ -186,9 +193,12 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
+def _open(kind: Any, args: argparse.Namespace, **own: Any) -> Any:
+    """A model of class `kind`."""
     names = ("device", "dtype", "revision", "local_files_only", "max_seq_length", "batch_tokens", "threads", "on_long")
-    return {name: getattr(args, name) for name in names}
+    model = kind.from_pretrained(args.model, **{name: getattr(args, name) for name in names}, **own)
+    console.check_signals()
+    return model
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -248,11 +258,12 @@ def _embed(args: argparse.Namespace) -> None:
     from .writers import VectorWriter
 
     with VectorWriter(args.output, format) as writer:
-        model = Embedder.from_pretrained(args.model, truncate_dim=args.truncate_dim, **_options(args))
+        model = _open(Embedder, args, truncate_dim=args.truncate_dim)
         waiting: list[dict[str, Any]] = []
 
         def texts() -> Iterator[str]:
             for record in records:
+                console.check_signals()
                 if format == "jsonl":
                     waiting.append(record)
                 yield record[args.field]
@@ -277,14 +288,14 @@ def _rerank(args: argparse.Namespace) -> None:
         from .embedder import Embedder
         from .reranker import ranked
 
-        embedder = Embedder.from_pretrained(**_options(args))
+        embedder = _open(Embedder, args)
         console.say("no --model: ranking by its cosine similarity, no cross-encoder")
         scores = embedder.similarity(embedder.encode_query(args.query), embedder.encode_document(documents))[0]
         results = ranked(scores, documents, args.top_k, True)
     else:
         from .reranker import Reranker
 
-        reranker = Reranker.from_pretrained(args.model, **_options(args))
+        reranker = _open(Reranker, args)
         results = reranker.rank(args.query, documents, top_k=args.top_k, return_documents=True)
     if args.format == "jsonl":
         for result in results:
@@ -301,7 +312,7 @@ def _fill_mask(args: argparse.Namespace) -> None:
     texts = [record[args.field] for record in _read(args)]
     from .fill_mask import FillMask
 
-    predictions = FillMask.from_pretrained(args.model, **_options(args)).predict(texts, top_k=args.top_k)
+    predictions = _open(FillMask, args).predict(texts, top_k=args.top_k)
     if args.format == "jsonl":
         for text, masks in zip(texts, predictions, strict=True):
             print(_json({"text": text, "masks": masks}))

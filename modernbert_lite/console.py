@@ -42,12 +42,15 @@ class Stopped(KeyboardInterrupt):
 
 class _Signals:
     holding = False
-    waiting: int | None = None
+    arrived: int | None = None
 
     def arrive(self, number: int, _: object) -> None:
-        if not self.holding:
-            raise Stopped(number)
-        self.waiting = number
+        self.arrived = self.arrived or number
+        self.check()
+
+    def check(self) -> None:
+        if self.arrived is not None and not self.holding:
+            raise Stopped(self.arrived)
 
 
 _signals = _Signals()
@@ -58,7 +61,7 @@ def stoppable() -> Iterator[None]:
     """Within it Ctrl-C, SIGTERM and SIGHUP raise Stopped. One that is ignored (nohup, a shell's background) or that the
     surrounding program handles keeps what it has."""
     kept: dict[int, Any] = {}
-    _signals.holding, _signals.waiting = False, None
+    _signals.holding, _signals.arrived = False, None
     try:
         if threading.current_thread() is threading.main_thread():  # Python lets no other one set handlers
             for number in (getattr(signal, name) for name in _WORDS if hasattr(signal, name)):
@@ -79,14 +82,24 @@ def held() -> Iterator[None]:
         yield
     finally:
         _signals.holding = before
-    if not before and _signals.waiting is not None:
-        number, _signals.waiting = _signals.waiting, None
-        raise Stopped(number)
+    _signals.check()
+
+
+def check_signals() -> None:
+    """Raises Stopped again where it was lost: C code may drop it, or make an ImportError of it."""
+    _signals.check()
 
 
 def hold() -> None:
     """Until the command ends signals wait: it is ending already."""
     _signals.holding = True
+
+
+def end_quietly() -> None:
+    """For the last moments of the process: Ctrl-C ends it at once, without a traceback of Python's shutdown."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 # ---- standard streams ----------------------------------------------------------------------------------------------

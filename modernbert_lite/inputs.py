@@ -103,9 +103,7 @@ def _csv(file: IO[bytes], field: str, name: str, delimiter: str = ",") -> Iterat
             header = row
             if header.count(field) != 1:
                 many = "no" if field not in header else "more than one"
-                raise ValueError(
-                    f"{where}: the header has {many} column {shown(field)}, only {shown(header)} (see --field)"
-                )
+                raise ValueError(f"{where}: the header has {many} column {shown(field)}: {shown(header)} (see --field)")
             if len({*header}) != len(header):
                 raise ValueError(f"{where}: two columns of the header have the same name: {shown(header)}")
             continue

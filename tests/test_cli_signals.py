@@ -112,6 +112,7 @@ def test_a_signal_that_was_swallowed_still_ends_the_command(lost):
     """C code that imports makes an ImportError of any exception, or drops it."""
     work = f"""
     try:
+        print("trying", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         {lost}
@@ -119,6 +120,7 @@ def test_a_signal_that_was_swallowed_still_ends_the_command(lost):
     time.sleep(60)
 """
     process = command(work.strip())
+    assert process.stdout.readline() == "trying\n"
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (143, "modernbert-lite: terminated\n")

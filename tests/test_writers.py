@@ -207,6 +207,27 @@ def test_of_many_processes_exactly_one_gets_the_output(tmp_path, stale):
 
 
 @POSIX
+def test_a_lock_that_its_holder_deletes_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    """Between opening and locking it: whoever comes next makes a new file, and would not see this lock."""
+    import fcntl
+
+    lock = fcntl.flock
+
+    def after_its_end(number, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        os.unlink(tmp_path / "v.npy.partial.lock")
+        lock(number, how)
+
+    (tmp_path / "v.npy.partial.lock").touch()
+    monkeypatch.setattr(fcntl, "flock", after_its_end)
+    with VectorWriter(tmp_path / "v.npy", "npy"):
+        assert "process" in (tmp_path / "v.npy.partial.lock").read_text()
+        with pytest.raises(ValueError, match=f"is being written by process {os.getpid()}"):
+            write(tmp_path / "v.npy")
+    assert os.listdir(tmp_path) == ["v.npy"]
+
+
+@POSIX
 def test_a_second_writer_in_the_same_process_is_refused(tmp_path):
     with VectorWriter(tmp_path / "v.npy", "npy") as writer:
         writer.write([], block(0))

@@ -336,7 +336,7 @@ def _info(args: argparse.Namespace) -> None:
     if args.json:
         print(_json(facts, indent=2))
     else:
-        _table(["what", "value"], [[key, str(value)] for key, value in facts.items()])
+        _table(["what", "value"], [[key, console.shortened(str(value))] for key, value in facts.items()])
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -18,10 +18,12 @@ _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 
 def say(message: object) -> None:
     """One bounded line on stderr, without what a terminal would take for a command."""
-    text = plain(" ".join(str(message).split()))
-    if len(text) > _LONGEST:
-        text = text[: _LONGEST - 300] + " … " + text[-300:]
-    print("modernbert-lite: " + text, file=sys.stderr)
+    print("modernbert-lite: " + shortened(plain(" ".join(str(message).split()))), file=sys.stderr)
+
+
+def shortened(text: str) -> str:
+    """At most 900 characters: the start and the end of a longer text."""
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 303] + " … " + text[-300:]
 
 
 def plain(text: str) -> str:

@@ -165,3 +165,14 @@ def test_a_warning_is_one_bounded_printable_line(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("modernbert-lite: bad\\x1b[0m name yyy")
     assert len(line) < 1_000
+
+
+def test_the_table_of_info_is_bounded_and_printable(monkeypatch, capsys):
+    facts = {"prompts": {"query": "p" * 100_000}, "labels": ["\x1b[31m\n"] * 3}
+    monkeypatch.setattr("modernbert_lite.describe.describe", lambda *_, **__: facts)
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(line.isprintable() and len(line) < 1_000 for line in lines)
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == facts

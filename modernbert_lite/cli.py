@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, console, inputs
+from . import __version__, console, record_files
 from .reading import OptionError, shown
 
 
@@ -167,7 +167,9 @@ def _add_texts(parser: argparse.ArgumentParser, metavar: str) -> None:
         help="by its ending: a JSON object a line (.jsonl), a table with a header (.csv, .tsv), one JSON array, read "
         "whole (.json), else a text a line; '-' is stdin",
     )
-    parser.add_argument("--input-format", choices=inputs.FORMATS, help="default: by the file's ending; of stdin: txt")
+    parser.add_argument(
+        "--input-format", choices=record_files.FORMATS, help="default: by the file's ending; of stdin: txt"
+    )
     parser.add_argument(
         "--field",
         type=_text,
@@ -204,7 +206,7 @@ def _open(kind: Any, args: argparse.Namespace, **own: Any) -> Any:
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def _read(args: argparse.Namespace) -> Iterable[inputs.Record]:
+def _read(args: argparse.Namespace) -> Iterable[record_files.Record]:
     """Records with the text under args.field: of arguments, a file (checked whole before it is used, so that a bad
     line is found before hours of work, not after), or standard input."""
     if args.texts:
@@ -218,15 +220,15 @@ def _read(args: argparse.Namespace) -> Iterable[inputs.Record]:
             raise OptionError("no texts: standard input is closed; give them as arguments or by --input FILE")
         if args.input is None and sys.stdin.isatty():
             raise OptionError("no texts: give them as arguments, by --input FILE, or on standard input")
-        return inputs.records(sys.stdin.buffer, args.input_format or "txt", args.field, "standard input")
+        return record_files.records(sys.stdin.buffer, args.input_format or "txt", args.field, "standard input")
     path = Path(args.input)
     if not path.exists() or path.is_dir():
         raise OptionError(f"--input {args.input}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
-    format = inputs.format_of(args.input, args.input_format)
+    format = record_files.format_of(args.input, args.input_format)
 
-    def read() -> Iterator[inputs.Record]:
+    def read() -> Iterator[record_files.Record]:
         with path.open("rb") as file:
-            yield from inputs.records(file, format, args.field, args.input)
+            yield from record_files.records(file, format, args.field, args.input)
 
     if path.is_file():  # a pipe can be read only once
         for _ in read():

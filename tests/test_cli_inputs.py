@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from modernbert_lite import Embedder, cli, inputs
+from modernbert_lite import Embedder, cli, record_files
 from modernbert_lite.reading import OptionError
 
 
 def records(content, format, field="text"):
     content = content if isinstance(content, bytes) else content.encode()
-    return list(inputs.records(io.BytesIO(content), format, field, "FILE"))
+    return list(record_files.records(io.BytesIO(content), format, field, "FILE"))
 
 
 @pytest.fixture

@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
-from . import __version__
-from .reading import OptionError
-
-
-class UsageError(Exception):
-    """What the user typed can't be done as typed: exit status 2."""
+from . import __version__, console, record_files
+from .reading import OptionError, shown
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command. Returns 0, 1 for a failure, 2 for bad usage (130 for Ctrl-C); one line on stderr says why."""
+    """Runs a command. Returns 0, 1 for a failure, 2 for bad usage, 128 + its number for a signal (130 for Ctrl-C, 143
+    for SIGTERM, 129 for SIGHUP); one line on stderr says why. Raises SystemExit as argparse does."""
+    with console.quiet_streams(), console.stoppable():
+        try:
+            status = _run(argv)
+        except console.Stopped as error:  # while a failure was being reported
+            status = error.status
+    if argv is None:
+        console.end_quietly()
+    return status
+
+
+def _run(argv: list[str] | None) -> int:
     parser = _parser()
-    args = parser.parse_args(argv)
-    warnings.showwarning = _show_warning
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that a terminal can't show is no reason to fail
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        args.run(args)
-        sys.stdout.flush()
+        args = parser.parse_args(argv)
+    except SystemExit as end:
+        if end.code == 0:  # --help, --version
+            args = argparse.Namespace(run=lambda _: console.check_stdout(), debug=False)
+        else:
+            raise
+    try:
+        try:
+            args.run(args)
+        except Exception:
+            console.check_signals()
+            raise
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        return _fail(args, "interrupted", 130)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt as error:
+        return _fail(args, str(error) or "interrupted", getattr(error, "status", 130))
+    except BrokenPipeError as error:
+        console.hold()
+        if getattr(args, "output", None) is not None:  # of a network, say
+            return _fail(args, str(error), 1)
+        console.silence(sys.stdout)  # `| head` has seen enough
         return 1
-    except (UsageError, OptionError) as error:
+    except OptionError as error:
         return _fail(args, str(error), 2)
     except MemoryError:
         return _fail(args, "out of memory; a smaller --batch-tokens needs less", 1)
@@ -46,29 +63,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(args: argparse.Namespace, message: str, status: int) -> int:
+    console.hold()
     if args.debug:
         traceback.print_exc()
-    print("modernbert-lite: " + _plain(" ".join(message.split())), file=sys.stderr)
+    console.say(message)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        console.silence(sys.stdout)
     return status
-
-
-def _plain(text: str) -> str:
-    """Without what a terminal would take for a command."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _json(value: object, **options: Any) -> str:
     """JSON that is valid in whatever encoding standard output has."""
-    return json.dumps(value, ensure_ascii=(sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"), **options)
-
-
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"modernbert-lite: {message}", file=sys.stderr)
+    is_utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
+    try:
+        return json.dumps(value, ensure_ascii=not is_utf8, allow_nan=False, **options)
+    except ValueError:
+        raise ValueError("the result holds NaN or infinity, which JSON has no word for") from None
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"modernbert-lite: {message} (see {self.prog} --help)\n")
+        console.say(f"{message} (see {self.prog} --help)")
+        self.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,8 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     embed = command("embed", _embed, "Texts to vectors.")
-    embed.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, --input or standard input")
-    _add_input(embed)
+    _add_texts(embed, "TEXT")
     embed.add_argument("--output", "-o", type=Path, metavar="FILE", help="'-', the default, is standard output")
     embed.add_argument(
         "--format",
@@ -92,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         help="default: by --output's ending, else jsonl (npz: 'embeddings')",
     )
     _add_model(embed, "default: the bundled 'tiny'")
-    embed.add_argument("--prompt", help="put before every text")
-    embed.add_argument("--prompt-name", help="one of the model's prompts (see info)")
+    embed.add_argument("--prompt", type=_text, help="put before every text")
+    embed.add_argument("--prompt-name", type=_text, help="one of the model's prompts (see info)")
     embed.add_argument("--normalize", action="store_true", help="vectors of unit length")
     embed.add_argument("--truncate-dim", type=_count, metavar="N", help="the first N dimensions")
     embed.add_argument(
@@ -104,18 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     rerank = command("rerank", _rerank, "Documents by their relevance to a query, best first.")
-    rerank.add_argument("query", metavar="QUERY")
-    rerank.add_argument(
-        "texts", nargs="*", metavar="DOCUMENT", help="documents; without any, --input or standard input"
-    )
-    _add_input(rerank)
+    rerank.add_argument("query", type=_text, metavar="QUERY")
+    _add_texts(rerank, "DOCUMENT")
     _add_model(rerank, "a reranker; default: the bundled embedding model's cosine similarity")
     rerank.add_argument("--top-k", type=_count, metavar="K", help="only the best K")
     rerank.add_argument("--format", choices=("table", "jsonl"), default="table", help="default: table")
 
     fill = command("fill-mask", _fill_mask, "The likeliest tokens for every [MASK] (in some models <mask>).")
-    fill.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, --input or standard input")
-    _add_input(fill)
+    _add_texts(fill, "TEXT")
     _add_model(fill, "a masked language model", required=True)
     fill.add_argument("--top-k", type=_count, default=5, metavar="K", help="default: 5")
     fill.add_argument("--format", choices=("table", "jsonl"), default="table", help="default: table")
@@ -130,17 +144,39 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    if not text.isdecimal() or len(text) > 10 or not 0 < int(text) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number from 1 to {(1 << 31) - 1}")
     return int(text)
 
 
-def _add_input(parser: argparse.ArgumentParser) -> None:
+def _text(argument: str) -> str:
+    """A text among the arguments, which are bytes: UTF-8, whatever the locale says (C, POSIX and others)."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{shown(argument)} is not UTF-8") from None
+
+
+def _add_texts(parser: argparse.ArgumentParser, metavar: str) -> None:
+    help = f"{metavar.lower()}s; without any, --input or standard input"
+    parser.add_argument("texts", nargs="*", type=_text, metavar=metavar, help=help)
     parser.add_argument(
-        "--input", "-i", metavar="FILE", help="a text a line (.txt) or a JSON object a line (.jsonl); '-' is stdin"
+        "--input",
+        "-i",
+        metavar="FILE",
+        help="by its ending: a JSON object a line (.jsonl), a table with a header (.csv, .tsv), one JSON array, read "
+        "whole (.json), else a text a line; '-' is stdin",
     )
-    parser.add_argument("--input-format", choices=("txt", "jsonl"), help="default: by the file's ending, else txt")
-    parser.add_argument("--field", default="text", metavar="NAME", help="the field of jsonl input; default: text")
+    parser.add_argument(
+        "--input-format", choices=record_files.FORMATS, help="default: by the file's ending; of stdin: txt"
+    )
+    parser.add_argument(
+        "--field",
+        type=_text,
+        default="text",
+        metavar="NAME",
+        help="what has the text: a column, or a field of JSON; default: text",
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser, help: str, required: bool = False) -> None:
@@ -159,65 +195,45 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local-files-only", action="store_true", help="never ask the network")
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
+def _open(kind: Any, args: argparse.Namespace, **own: Any) -> Any:
+    """A model of class `kind`."""
     names = ("device", "dtype", "revision", "local_files_only", "max_seq_length", "batch_tokens", "threads", "on_long")
-    return {name: getattr(args, name) for name in names}
+    model = kind.from_pretrained(args.model, **{name: getattr(args, name) for name in names}, **own)
+    console.check_signals()
+    return model
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def _read(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
+def _read(args: argparse.Namespace) -> Iterable[record_files.Record]:
     """Records with the text under args.field: of arguments, a file (checked whole before it is used, so that a bad
     line is found before hours of work, not after), or standard input."""
     if args.texts:
-        if args.input:
-            raise UsageError("texts were given both as arguments and by --input; give one of them")
-        args.field = "text"
+        if args.input is not None:
+            raise OptionError("texts were given both as arguments and by --input; give one of them")
+        if args.field != "text" or args.input_format is not None:
+            raise OptionError("--field and --input-format are for --input and standard input, not for arguments")
         return [{"text": text} for text in args.texts]
     if args.input in (None, "-"):
+        if sys.stdin is None:
+            raise OptionError("no texts: standard input is closed; give them as arguments or by --input FILE")
         if args.input is None and sys.stdin.isatty():
-            raise UsageError("no texts: give them as arguments, by --input FILE, or on standard input")
-        return _records(sys.stdin.buffer, args, "standard input")
+            raise OptionError("no texts: give them as arguments, by --input FILE, or on standard input")
+        return record_files.records(sys.stdin.buffer, args.input_format or "txt", args.field, "standard input")
     path = Path(args.input)
     if not path.exists() or path.is_dir():
-        raise UsageError(f"--input {args.input}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
+        raise OptionError(f"--input {args.input}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
+    format = record_files.format_of(args.input, args.input_format)
+
+    def read() -> Iterator[record_files.Record]:
+        with path.open("rb") as file:
+            yield from record_files.records(file, format, args.field, args.input)
+
     if path.is_file():  # a pipe can be read only once
-        for _ in _file_records(path, args):
+        for _ in read():
             pass
-    return _file_records(path, args)
-
-
-def _file_records(path: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as file:
-        yield from _records(file, args, args.input)
-
-
-def _records(file: IO[bytes], args: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
-    is_json = args.input_format == "jsonl" or (args.input_format is None and name.endswith((".jsonl", ".ndjson")))
-    for number, raw in enumerate(file, 1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
-        if not is_json:
-            if args.field != "text":
-                raise UsageError(f"--field {args.field} needs jsonl input; {name} is read as plain text")
-            yield {"text": line}
-        elif line.strip():
-            yield _json_record(line, args.field, f"{name}, line {number}")
-
-
-def _json_record(line: str, field: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        kind = type(record.get(field)).__name__ if isinstance(record, dict) and field in record else "missing"
-        got = f"its {field!r} is {kind}" if isinstance(record, dict) else "it is no object"
-        raise ValueError(f"{where}: {got}; an object with a string in {field!r} is needed (see --field)")
-    return record
+    return read()
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------
@@ -227,24 +243,29 @@ def _embed(args: argparse.Namespace) -> None:
     args.output = None if args.output == Path("-") else args.output
     format = args.format or (args.output.suffix[1:].lower() if args.output else "jsonl")
     if format not in ("jsonl", "npy", "npz"):
-        raise UsageError(f"--output {args.output}: its ending names no format; add --format jsonl, npy or npz")
+        raise OptionError(f"--output {args.output}: its ending names no format; add --format jsonl, npy or npz")
+    if format == "jsonl" and args.field == "embedding":
+        raise OptionError("--field embedding: jsonl output has the vector there; rename the field, or write npy")
+    if args.output is None:
+        console.check_stdout()
     if format != "jsonl" and args.output is None and sys.stdout.isatty():
-        raise UsageError(f"{format} is binary: give --output, or send standard output to a file or a program")
+        raise OptionError(f"{format} is binary: give --output, or send standard output to a file or a program")
     if args.output is not None and not args.output.absolute().parent.is_dir():
-        raise UsageError(f"--output {args.output}: there is no such folder")
+        raise OptionError(f"--output {args.output}: there is no such folder")
     if args.output is not None and args.output.exists() and not args.output.is_file():
-        raise UsageError(f"--output {args.output}: it is no regular file; send standard output there instead")
+        raise OptionError(f"--output {args.output}: it is no regular file; send standard output there instead")
     records = _read(args)
     from .embedder import Embedder
     from .pooling import quantize_embeddings
     from .writers import VectorWriter
 
     with VectorWriter(args.output, format) as writer:
-        model = Embedder.from_pretrained(args.model, truncate_dim=args.truncate_dim, **_options(args))
+        model = _open(Embedder, args, truncate_dim=args.truncate_dim)
         waiting: list[dict[str, Any]] = []
 
         def texts() -> Iterator[str]:
             for record in records:
+                console.check_signals()
                 if format == "jsonl":
                     waiting.append(record)
                 yield record[args.field]
@@ -262,20 +283,21 @@ def _embed(args: argparse.Namespace) -> None:
 
 
 def _rerank(args: argparse.Namespace) -> None:
+    console.check_stdout()
     documents = [record[args.field] for record in _read(args)]
     results: list[dict[str, Any]]
     if args.model is None:
         from .embedder import Embedder
         from .reranker import ranked
 
-        embedder = Embedder.from_pretrained(**_options(args))
-        print("modernbert-lite: no --model: ranking by its cosine similarity, no cross-encoder", file=sys.stderr)
+        embedder = _open(Embedder, args)
+        console.say("no --model: ranking by its cosine similarity, no cross-encoder")
         scores = embedder.similarity(embedder.encode_query(args.query), embedder.encode_document(documents))[0]
         results = ranked(scores, documents, args.top_k, True)
     else:
         from .reranker import Reranker
 
-        reranker = Reranker.from_pretrained(args.model, **_options(args))
+        reranker = _open(Reranker, args)
         results = reranker.rank(args.query, documents, top_k=args.top_k, return_documents=True)
     if args.format == "jsonl":
         for result in results:
@@ -288,10 +310,11 @@ def _rerank(args: argparse.Namespace) -> None:
 
 
 def _fill_mask(args: argparse.Namespace) -> None:
+    console.check_stdout()
     texts = [record[args.field] for record in _read(args)]
     from .fill_mask import FillMask
 
-    predictions = FillMask.from_pretrained(args.model, **_options(args)).predict(texts, top_k=args.top_k)
+    predictions = _open(FillMask, args).predict(texts, top_k=args.top_k)
     if args.format == "jsonl":
         for text, masks in zip(texts, predictions, strict=True):
             print(_json({"text": text, "masks": masks}))
@@ -308,16 +331,18 @@ def _fill_mask(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
+    console.check_stdout()
     from .describe import describe
 
     facts = describe(args.model or "tiny", revision=args.revision, local_files_only=args.local_files_only)
     if args.json:
         print(_json(facts, indent=2))
     else:
-        _table(["what", "value"], [[key, str(value)] for key, value in facts.items()])
+        _table(["what", "value"], [[key, console.shortened(str(value))] for key, value in facts.items()])
 
 
 def _doctor(args: argparse.Namespace) -> None:
+    console.check_stdout()
     from .describe import machine, self_check
 
     _table(["what", "value"], [[key, str(value)] for key, value in machine().items()])
@@ -330,7 +355,7 @@ def _one_line(text: str) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> None:
-    rows = [[_plain(cell) for cell in row] for row in rows]
+    rows = [[console.plain(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

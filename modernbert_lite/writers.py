@@ -9,54 +9,71 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 
+from .console import held
+from .outputs import Output
+
 FORMATS = ("jsonl", "npy", "npz")
 _NPY_HEADER_BYTES = 128
+_NPY_MAGIC = b"\x93NUMPY\x01\x00"
 
 
 class VectorWriter:
     """Writes blocks of rows; `path` None is stdout. A file appears under its name only when it is whole: until then,
-    and after a failure, what is finished lies in NAME.partial, as valid jsonl or npy (for npz, too)."""
+    and after a failure, what is finished lies in NAME.partial, as valid jsonl or npy (for npz, too).
+
+    NAME.partial can be read at any moment, also if the process is killed (SIGKILL): the npy header tells of the rows
+    before it, whatever follows them; of jsonl the last line may be torn."""
 
     def __init__(self, path: Path | None, format: str):
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
-        self.path, self.format = None if path is None else path.resolve(), format
-        self.rows, self._end = 0, 0 if format == "jsonl" else _NPY_HEADER_BYTES
+        self.format = format
+        self.rows, self._end = 0, 0
         self._row_shape, self._dtype = (0,), np.dtype(np.float32)
-        self._file = self._open()
-        if format != "jsonl":
-            self._write_all(b"\0" * _NPY_HEADER_BYTES)
-
-    def _open(self) -> IO[bytes]:
-        # Unbuffered, so that what is counted as written is written, and a full disk is met where it can be handled.
-        if self.path is not None:
-            self.partial = self.path.with_name(self.path.name + ".partial")
-            if self.partial.exists():
-                raise ValueError(f"{self.partial} holds what an earlier run finished; move it away or delete it first")
-            file = self.partial.open("wb", buffering=0)
-            if self.path.exists():  # a private file stays private
-                shutil.copymode(self.path, self.partial)
-            return file
-        if self.format == "jsonl":
-            return sys.stdout.buffer
-        # A header holds the number of rows, known at the end: a pipe can't be written to backwards.
-        return tempfile.TemporaryFile(buffering=0)
+        self._output = None if path is None else Output(path, _no_rows)
+        if self._output is not None:
+            self._file: IO[bytes] = self._output.file
+        elif format == "jsonl":
+            self._file = sys.stdout.buffer
+        else:  # a header holds the number of rows, known at the end: a pipe can't be written to backwards
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  as long as the writer
 
     def write(self, records: Sequence[dict[str, Any]], vectors: np.ndarray) -> None:
-        """records: what jsonl puts before each "embedding"; vectors (n, C)."""
+        """records: what jsonl puts before each "embedding"; vectors (n, C). Raises ValueError for a vector that isn't
+        finite, naming its text."""
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"the vector of text {self.rows + int(finite.argmin())} holds NaN or infinity")
         if self.format == "jsonl":
             data = b"".join(_json_line(r, v) for r, v in zip(records, vectors, strict=True))
         else:
             data = np.ascontiguousarray(vectors).tobytes()
-        self._row_shape, self._dtype = vectors.shape[1:], vectors.dtype
+            if not self._end:
+                self._row_shape, self._dtype = vectors.shape[1:], vectors.dtype
+                self._write_header(0)
+                self._end = _NPY_HEADER_BYTES
         self._write_all(data)
-        self.rows, self._end = self.rows + len(vectors), self._end + len(data)
+        with held():
+            rows, end = self.rows + len(vectors), self._end + len(data)
+            if self.format != "jsonl":
+                self._write_header(rows)
+                self._file.seek(end)
+            self.rows, self._end = rows, end
+
+    def _write_header(self, rows: int) -> None:
+        """Version 1.0 of the npy format, padded to a fixed size so that it can be written again."""
+        shape = (rows, *self._row_shape)
+        text = f"{{'descr': {self._dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}"
+        size = _NPY_HEADER_BYTES - len(_NPY_MAGIC) - 2
+        self._file.seek(0)
+        self._write_all(_NPY_MAGIC + size.to_bytes(2, "little") + text.ljust(size - 1).encode() + b"\n")
 
     def _write_all(self, data: bytes) -> None:
         view = memoryview(data)
@@ -70,51 +87,45 @@ class VectorWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._file is not sys.stdout.buffer:
+            if self._output is not None:
                 self._file.truncate(self._end)  # no torn row
-                if self.format != "jsonl":
-                    self._file.seek(0)
-                    self._write_all(self._npy_header())
             if kind is None:
                 self._finish()
-        except BaseException:
-            self._keep()
-            raise
-        if kind is not None:
-            self._keep()
-
-    def _keep(self) -> None:
-        """After a failure: says where the finished rows are."""
-        if self.path is None:
-            return
-        self._file.close()
-        if self.rows:
-            print(f"modernbert-lite: {self.rows} finished rows are in {self.partial}", file=sys.stderr)
-        else:
-            self.partial.unlink(missing_ok=True)
+        finally:
+            if self._output is not None and not self._output.finished:
+                self._output.keep(self.rows)
 
     def _finish(self) -> None:
-        if self.path is None:
-            if self.format != "jsonl":
-                self._file.seek(0)
-                with tempfile.TemporaryFile() as packed:
-                    shutil.copyfileobj(self._zip(packed) if self.format == "npz" else self._file, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
+        if self.format != "jsonl" and not self._end:
+            self._write_header(0)
+        if self._output is not None:
+            self._finish_file(self._output)
             return
+        if self.format != "jsonl":
+            self._file.seek(0)
+            with tempfile.TemporaryFile() as packed:
+                shutil.copyfileobj(self._zip(packed) if self.format == "npz" else self._file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+
+    def _finish_file(self, output: Output) -> None:
         os.fsync(self._file.fileno())
-        self._file.close()
         if self.format != "npz":
-            os.replace(self.partial, self.path)
+            self._file.close()
+            output.finish(output.partial)
             return
-        zipped = self.partial.with_name(self.partial.name + ".npz")
+        number, name = tempfile.mkstemp(prefix=output.path.name + ".", suffix=".tmp", dir=output.path.parent)
         try:
-            with self.partial.open("rb") as self._file, zipped.open("wb") as file:
+            with os.fdopen(number, "wb") as file:
+                self._file.seek(0)
                 self._zip(file)
-            os.replace(zipped, self.path)
-        except BaseException:
-            zipped.unlink(missing_ok=True)
-            raise
-        self.partial.unlink()
+                shutil.copymode(output.partial, name)
+                file.flush()
+                os.fsync(file.fileno())
+            self._file.close()
+            output.finish(Path(name))
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
 
     def _zip(self, file: IO[bytes]) -> IO[bytes]:
         """The npy in self._file as "embeddings" of an npz, uncompressed (vectors don't compress)."""
@@ -126,17 +137,16 @@ class VectorWriter:
         file.seek(0)
         return file
 
-    def _npy_header(self) -> bytes:
-        """Version 1.0 of the npy format, padded to a fixed size so that it can be written last."""
-        shape = (self.rows, *self._row_shape)
-        text = f"{{'descr': {self._dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}"
-        size = _NPY_HEADER_BYTES - 10
-        return b"\x93NUMPY\x01\x00" + size.to_bytes(2, "little") + text.ljust(size - 1).encode() + b"\n"
+
+def _no_rows(start: bytes) -> bool:
+    """Whether a file that starts so is the NAME.partial of a run that had finished no row."""
+    unwritten = b"\0" * _NPY_HEADER_BYTES  # of version 0.1.0
+    return start in (b"", unwritten) or (start.startswith(_NPY_MAGIC) and b"'shape': (0," in start[:_NPY_HEADER_BYTES])
 
 
 def _json_line(record: dict[str, Any], vector: np.ndarray) -> bytes:
     record = {key: value for key, value in record.items() if key != "embedding"}
-    start = json.dumps(record, ensure_ascii=False)
+    start = json.dumps(record, ensure_ascii=False, allow_nan=False)
     if not start.isascii():
         try:
             start.encode()

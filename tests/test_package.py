@@ -106,9 +106,9 @@ def test_star_import():
 
 # Each may import what stands before it. What is made for a device stands aside: it has its own importers.
 LAYERS = [
-    {"reading", "batch"},
+    {"reading", "batch", "console"},
     {"rope_config"},
-    {"config", "foreign", "prompts", "sparse_config", "st_settings"},
+    {"config", "foreign", "outputs", "prompts", "record_files", "sparse_config", "st_settings"},
     {"rotary"},
     {"ops", "threads"},
     {"linear", "pooling"},

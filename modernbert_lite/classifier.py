@@ -12,8 +12,8 @@ from torch import Tensor
 from .batch import PackedBatch
 from .heads import network_class
 from .inputs import check_text_or_pair, length, listed
-from .pipeline import Checkpoint, Pipeline, keyworded, on_host, warn
-from .reading import CheckpointError, OptionError, shown, whole_number
+from .pipeline import Checkpoint, Pipeline, keyworded, on_host
+from .reading import CheckpointError, OptionError, shown, warn, whole_number
 from .tokenizer import FirstCut, Text
 
 Scores = list[dict[str, Any]]

@@ -15,12 +15,13 @@ from . import pooling, sparse
 from .batch import PackedBatch
 from .heads import GteTokenClassifier, encoder_class, masked_lm_class
 from .inputs import Given, check_text, keeping, length, listed
-from .pipeline import Checkpoint, Pipeline, keyworded, on_host, warn
+from .pipeline import Checkpoint, Pipeline, keyworded, on_host
 from .pooling import PRECISIONS, quantize_embeddings
 from .prompts import Prompted
-from .reading import CheckpointError, OptionError, shown, whole_number
+from .reading import CheckpointError, OptionError, shown, warn, whole_number
 from .sparse_config import TASKS, Static
 from .st_config import SIMILARITIES, USUAL_PROMPTS, Pooling, finish, on_vectors, similarity_name
+from .tokenizer import Text
 from .weights import BUNDLED
 
 _OUTPUTS = ("sentence_embedding", "token_embeddings", None)
@@ -354,6 +355,15 @@ class Embedder(Prompted, Pipeline):
         asking.model = static = self.static[road.folder]
         asking.tokenizer, asking.max_seq_length, asking.typed = static.tokenizer, static.max_length, False
         return asking, static
+
+    def _not_finite(self, text: Text, i: int) -> ValueError:
+        error = super()._not_finite(text, i)
+        if self.pooling.include_prompt or "max" not in self.pooling.modes:
+            return error
+        return ValueError(
+            f"{error}; or the text has no token beside its prompt, which this model's 'max' pooling leaves out: there "
+            "is no maximum of nothing"
+        )
 
     def _check_dense(self) -> None:
         if self.splade is not None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from .batch import PackedBatch
 from .heads import network_class
 from .inputs import check_text, keeping, length, listed
-from .pipeline import Checkpoint, Pipeline, keyworded, warn
-from .reading import CheckpointError, OptionError, shown, whole_number
+from .pipeline import Checkpoint, Pipeline, keyworded
+from .reading import CheckpointError, OptionError, shown, warn, whole_number
 
 Prediction = dict[str, Any]
 _ROWS = 256  # [MASK]s whose logits, a vocabulary wide, are held at a time

@@ -22,14 +22,13 @@ from .batch import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, PackedBatch, pack, plan_b
 from .config import Config, GteConfig, read_config
 from .graphs import MAX_TOKENS, Graphed
 from .heads import use
-from .inputs import brief, check_text, keeping, length, listed
+from .inputs import brief, keeping, length
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
 from .st_config import SentenceConfig, length_limit, read_sentence_config
 from .threads import bound_tokenizer, set_threads
 from .tokenizer import Text, Tokenizer
 from .weights import find_checkpoint, load_weights, network_folder, stores
 
-__all__ = ["Checkpoint", "Pipeline", "check_text", "keyworded", "length", "listed", "on_host", "warn"]
 ON_LONG = ("truncate", "error")
 # A window of texts is read, sorted and embedded at a time: this bounds memory, whatever the input's length.
 _WINDOW_TEXTS, _WINDOW_CHARACTERS = 4_096, 1 << 20

@@ -18,6 +18,7 @@ from .reading import CheckpointError, Reader, inside, is_there, read_json, shown
 
 Module = dict[str, Any]  # {"type", "path", ..}, as in modules.json
 TASKS = ("query", "document")
+_LIBRARIES = ("sentence_transformers.", "pylate.")
 _NETWORKS = ("MLMTransformer", "Transformer")
 _SPARSE = ("MLMTransformer", "SpladePooling", "SparseStaticEmbedding", "SparseAutoEncoder")
 ROUTERS = ("Router", "Asym")  # Asym is its older name
@@ -57,10 +58,12 @@ class SparseConfig:
         return self.query, self.document, self.other
 
 
-def kind(module: Mapping[str, Any]) -> str:
-    """The class of a module, if it is one of sentence-transformers' own, whatever the version; else its full name."""
-    name = str(module.get("type"))
-    return name.rpartition(".")[2] if name.startswith("sentence_transformers.") else name
+def module_kind(module: Mapping[str, Any]) -> str:
+    """The class of a module: "Pooling" of "sentence_transformers.models.Pooling", whatever the version. "" for a class
+    of anybody else than sentence-transformers and PyLate: whatever its name, it is a repository's own code, which is
+    never run."""
+    name = module.get("type")
+    return name.rpartition(".")[2] if isinstance(name, str) and name.startswith(_LIBRARIES) else ""
 
 
 def expand(folder: Path, modules: Sequence[Module]) -> list[Module]:
@@ -68,10 +71,10 @@ def expand(folder: Path, modules: Sequence[Module]) -> list[Module]:
     found: list[Module] = []
     for module in modules:
         place = module.get("path", "")
-        routed = kind(module) in ROUTERS and is_there(_router_config(folder, place))
+        routed = module_kind(module) in ROUTERS and is_there(_router_config(folder, place))
         inner = _routed(folder, place)["types"] if routed else {}
         found += [_module(place, name, inner[name]) for name in inner] if inner else [module]
-    return found if any(kind(module) in _SPARSE for module in found) else list(modules)
+    return found if any(module_kind(module) in _SPARSE for module in found) else list(modules)
 
 
 def read_sparse(
@@ -79,11 +82,10 @@ def read_sparse(
 ) -> SparseConfig | None:
     """None for a model that is no sparse encoder. texts: config_sentence_transformers.json; own: the network's
     sentence_bert_config.json. Raises CheckpointError for what isn't known, naming it."""
-    for module in modules:
-        if kind(module) == "Router":
-            _routed(folder, module.get("path", ""))
+    if modules and module_kind(modules[0]) == "Router":  # elsewhere none is supported, whatever its file says
+        _routed(folder, modules[0].get("path", ""))
     flat = expand(folder, modules)
-    kinds = [kind(module) for module in flat]
+    kinds = [module_kind(module) for module in flat]
     if not any(name in _SPARSE for name in kinds):
         return None
     if "SparseAutoEncoder" in kinds:
@@ -94,20 +96,20 @@ def read_sparse(
                 f"modules.json: module {shown(module.get('type'))} is not supported in a sparse encoder; known: "
                 + ", ".join(_KNOWN)
             )
-    networks = [module for module in flat if kind(module) in _NETWORKS]
+    networks = [module for module in flat if module_kind(module) in _NETWORKS]
     if len(networks) != 1:
         raise CheckpointError(
             f"{folder}: this sparse encoder has {len(networks)} networks; only one, a masked language model, is "
             "supported (queries may share it, or have stored weights)"
         )
     # sentence-transformers' defaults: MLMTransformer is one for masked tokens, Transformer a bare encoder.
-    usual = "fill-mask" if kind(networks[0]) == "MLMTransformer" else "feature-extraction"
+    usual = "fill-mask" if module_kind(networks[0]) == "MLMTransformer" else "feature-extraction"
     task = own.get("transformer_task", usual)
     if task != "fill-mask":
         raise CheckpointError(
             f"{folder}: transformer_task of the sparse encoder's network is {shown(task)}; it must be 'fill-mask'"
         )
-    if kind(modules[0]) in ROUTERS:
+    if module_kind(modules[0]) in ROUTERS:
         if len(modules) > 1:
             after = ", ".join(str(module.get("type")) for module in modules[1:])
             raise CheckpointError(f"modules.json: {shown(after)} after a sparse encoder's Router is not supported")
@@ -120,7 +122,7 @@ def read_sparse(
 
 
 def _road(folder: Path, modules: Sequence[Module], source: str) -> Splade | Static:
-    kinds = [kind(module) for module in modules]
+    kinds = [module_kind(module) for module in modules]
     if kinds == ["SparseStaticEmbedding"]:
         place = modules[0].get("path", "")
         inside(folder, place, source)

@@ -25,9 +25,9 @@ from .reading import (
     read_json,
     shown,
 )
-from .sparse_config import SparseConfig, read_sparse
+from .sparse_config import SparseConfig, module_kind, read_sparse
 from .st_settings import Settings, own_settings, read_settings
-from .weights import load_dense, module_kind, network_folder, read_modules
+from .weights import load_dense, network_folder, read_modules
 
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 LATE_SIMILARITIES = ("maxsim", "meanmaxsim")

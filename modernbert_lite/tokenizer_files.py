@@ -57,6 +57,7 @@ _OF_A_TOKEN = ("content", "single_word", "lstrip", "rstrip", "normalized", "spec
 _SIDES = ("right", "left")
 # Keys by which a file could put another tokenizer in the place of tokenizer.json's. Nobody has them.
 _REFUSED = ("init_inputs", "post_processor", "tokenizer_object", "tokenizer_truncation", "tokenizer_padding")
+_SPECIAL, _ADDED = _OLDER_FILES = ("special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def read_tokenizer(folder: Path, given: Mapping[str, Any] | None = None) -> Toke
     content = read_bytes(path, MAX_TOKENIZER_BYTES)
     if content.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a pointer of git-lfs, not the tokenizer: run `git lfs pull` in its folder")
+    for name in _OLDER_FILES:  # also where tokenizer_config.json says all that they do, so that they aren't read
+        is_there(folder / name)
     given = given or {}
     kind = _class(folder, stored, beside)
     with no_panic(f"{path} can't be read", cache_advice(path)):
@@ -160,7 +163,7 @@ def _older_files(
 ) -> dict[int, AddedToken]:
     """Where tokenizer_config.json lists no added tokens: those of added_tokens.json and tokenizer.json (`there`).
     special_tokens_map.json wins over `settings`, which it changes."""
-    for key, value in optional_json(folder / "special_tokens_map.json").items():
+    for key, value in optional_json(folder / _SPECIAL).items():
         if given.get(key):
             continue
         if key == "extra_special_tokens" and isinstance(value, list):
@@ -175,7 +178,7 @@ def _older_files(
         settings["model_specific_special_tokens"] = specific | settings.pop("extra_special_tokens")
     special = {str(settings[key]) for key in _NAMES if settings.get(key)}
     special.update(str(token) for token in settings.get("extra_special_tokens") or [])
-    more = optional_json(folder / "added_tokens.json", MAX_TOKENIZER_JSON_BYTES)
+    more = optional_json(folder / _ADDED, MAX_TOKENIZER_JSON_BYTES)
     added = {
         i: AddedToken(token, normalized=token not in special, special=token in special) for token, i in more.items()
     }

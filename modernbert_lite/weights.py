@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +30,7 @@ from .reading import (
     shown,
     warn,
 )
-from .sparse_config import ROUTERS, expand
+from .sparse_config import ROUTERS, expand, module_kind
 from .threads import set_threads, survive_forks
 
 BUNDLED = "tiny"
@@ -64,7 +64,6 @@ _NEEDED_PATTERNS = [
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TABLES = ("tok_embeddings.weight", "word_embeddings.weight")
 _MAX_HEADER_BYTES = 16 << 20
-_LIBRARIES = ("sentence_transformers.", "pylate.")
 
 
 def load_model(
@@ -273,13 +272,6 @@ def read_modules(folder: Path) -> list[dict[str, Any]]:
     if not modules or not all(isinstance(module, dict) for module in modules):
         raise CheckpointError(f"{path} must hold a list of objects, one at least")
     return modules
-
-
-def module_kind(module: Mapping[str, Any]) -> str:
-    """The class of a module: "Pooling" of "sentence_transformers.models.Pooling". "" for a class of anybody else than
-    sentence-transformers and PyLate: whatever its name, it is a repository's own code, which is never run."""
-    name = module.get("type")
-    return name.rpartition(".")[2] if isinstance(name, str) and name.startswith(_LIBRARIES) else ""
 
 
 def weight_files(folder: Path) -> list[Path]:

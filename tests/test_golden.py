@@ -263,7 +263,8 @@ def test_the_checks_pass_transformers_numbers_and_no_others(make_checkpoint, tmp
             architecture, **labels, **({"classifier_pooling": "mean"} if labels else {})
         )
     if any("cosine" in entry["kind"] for entry in entries_of(model)):
-        modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+        kinds = {"Transformer": "", "Pooling": "1_Pooling"}
+        modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
         (folder / "modules.json").write_text(json.dumps(modules))
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')

@@ -348,7 +348,7 @@ def test_maxsim_refuses_what_has_no_tokens_or_another_width(queries, documents, 
 
 @pytest.mark.parametrize(
     ("architecture", "right"),
-    [("ModernBertForMaskedLM", "FillMask"), ("ModernBertForSequenceClassification", "Reranker")],
+    [("ModernBertForMaskedLM", "FillMask"), ("ModernBertForSequenceClassification", "Classifier or Reranker")],
 )
 def test_another_kind_of_checkpoint_names_its_class(make_checkpoint, architecture, right):
     folder, _ = make_checkpoint(architecture)

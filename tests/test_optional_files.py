@@ -29,6 +29,7 @@ READ = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "1_Pooling/config.json",
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -108,7 +109,7 @@ def test_a_shard_that_is_no_file_is_an_error(folder, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dense_module_s_files_are_files(folder, kind):
     modules = json.loads((folder / "modules.json").read_text())
-    modules.insert(2, {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    modules.insert(2, {"idx": 2, "name": "dense", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
     (folder / "modules.json").unlink()
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "2_Dense").mkdir()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__, console, record_files
-from .reading import OptionError, shown
+from .reading import OptionError, printable, shown
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -338,7 +338,7 @@ def _info(args: argparse.Namespace) -> None:
     if args.json:
         print(_json(facts, indent=2))
     else:
-        _table(["what", "value"], [[key, console.shortened(str(value))] for key, value in facts.items()])
+        _table(["what", "value"], [[key, str(value)] for key, value in facts.items()])
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -355,7 +355,7 @@ def _one_line(text: str) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> None:
-    rows = [[console.plain(cell) for cell in row] for row in rows]
+    rows = [[printable(cell, console.LONGEST) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -12,23 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-_LONGEST = 900  # characters of a message; the end is kept, since it mostly says what to do
+from .reading import printable
+
+LONGEST = 900  # characters of a line
 _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 
 
 def say(message: object) -> None:
     """One bounded line on stderr, without what a terminal would take for a command."""
-    print("modernbert-lite: " + shortened(plain(" ".join(str(message).split()))), file=sys.stderr)
-
-
-def shortened(text: str) -> str:
-    """At most 900 characters: the start and the end of a longer text."""
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 303] + " … " + text[-300:]
-
-
-def plain(text: str) -> str:
-    """Every character that doesn't print, as its escape."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    print("modernbert-lite: " + printable(" ".join(str(message).split()), LONGEST), file=sys.stderr)
 
 
 # ---- signals -------------------------------------------------------------------------------------------------------

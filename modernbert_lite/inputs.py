@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .reading import CheckpointError, OptionError
+from .reading import CheckpointError, OptionError, printable
 from .tokenizer import Text, check_unicode
 
 Pair = tuple[str, str]
@@ -109,7 +109,7 @@ def length(items: object) -> int | None:
 
 def brief(value: object) -> str:
     """The type and the beginning of what is no text, on one line."""
-    return f"{type(value).__name__} ({' '.join(reprlib.repr(value).split()):.60})"
+    return f"{type(value).__name__} ({printable(' '.join(reprlib.repr(value).split()), 60)})"
 
 
 @contextmanager

@@ -154,12 +154,17 @@ def _raises(message: str, frame: FrameType) -> bool:
     return False
 
 
+def as_whole(value: Any) -> int | None:
+    """A value as an int, if it is one of Python's or numpy's integers, and no bool."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
 def whole_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """An option's value as an int: Python's or numpy's integers, no bool. Raises OptionError for any other value."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
+    number = as_whole(value)
     if number is None or number < least or (most is not None and number > most):
         allowed = f"at least {least}" if most is None else f"from {least} to {most}"
         raise OptionError(f"{name} is {shown(value)}; it must be {allowed}" + (", a whole number" * (number is None)))
@@ -233,7 +238,8 @@ def printable(text: str, limit: int) -> str:
     return shorter if len(shorter) <= limit else printable(shorter, limit)
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value of a JSON file is a number (a bool is none)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -262,7 +268,7 @@ class Reader:
 
     def number(self, key: str, default: float) -> float:
         value = default if self.raw.get(key) is None else self.raw[key]
-        if not _is_number(value) or not _SMALLEST <= value <= _LARGEST:
+        if not is_number(value) or not _SMALLEST <= value <= _LARGEST:
             raise self._fail(key, value, f"a positive number ({_SMALLEST:g} to {_LARGEST:g})")
         return float(value)
 
@@ -271,14 +277,14 @@ class Reader:
         values = self.raw.get(key)
         if not isinstance(values, list) or len(values) != count:
             raise self._fail(key, values, f"a list of {count} positive numbers")
-        if not all(_is_number(value) and _SMALLEST <= value <= _LARGEST for value in values):
+        if not all(is_number(value) and _SMALLEST <= value <= _LARGEST for value in values):
             raise self._fail(key, values, f"a list of positive numbers ({_SMALLEST:g} to {_LARGEST:g})")
         return tuple(float(value) for value in values)
 
     def real(self, key: str, default: float) -> float:
         """A finite number of either sign, or 0."""
         value = default if self.raw.get(key) is None else self.raw[key]
-        if not _is_number(value) or not -_LARGEST <= value <= _LARGEST:
+        if not is_number(value) or not -_LARGEST <= value <= _LARGEST:
             raise self._fail(key, value, f"a number ({-_LARGEST:g} to {_LARGEST:g})")
         return float(value)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import PackedBatch
-from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, inside, read_json, shown, whole_number
+from .reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, inside, is_number, read_json, shown, whole_number
 from .sparse_config import Splade
 from .st_config import SentenceConfig, length_limit
 from .tokenizer import Tokenizer
@@ -89,8 +89,7 @@ class StaticWeights(nn.Module):
         weight = torch.zeros(self.tokenizer.vocabulary_size)
         for token, value in read_json(path, MAX_TOKENIZER_JSON_BYTES).items():
             i = self.tokenizer.id_of(token)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38
-            if i is None or i >= len(weight) or not number:
+            if i is None or i >= len(weight) or not is_number(value) or not abs(value) < 3e38:
                 raise CheckpointError(
                     f"{path}: {shown(token)} is {shown(value)}; each must be a token of the vocabulary and its weight"
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import rotary
-from .reading import OptionError, shown
+from .reading import OptionError, as_whole, shown
 
 VARIABLE = "MODERNBERT_LITE_THREADS"
 _TOKENIZER = "RAYON_NUM_THREADS"  # read when the tokenizers library first tokenizes a batch
@@ -39,10 +38,7 @@ def set_threads(threads: int | None) -> None:
         return
     if threads is None:
         name, value = VARIABLE, int(text) if text.isdecimal() and len(text) < 10 else None
-    try:
-        value = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        value = None
+    value = as_whole(value)
     if value is None or not 1 <= value <= most:
         got = shown(threads if name == "threads" else text)
         raise OptionError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -15,7 +14,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer, Lowercase, Sequence
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from .reading import CheckpointError, OptionError, shown
+from .reading import CheckpointError, OptionError, as_whole, shown
 from .tokenizer_files import no_panic, read_tokenizer
 
 Text = str | tuple[str, str]
@@ -111,10 +110,7 @@ class Tokenizer:
         self._max_length = self._checked_length(value)
 
     def _checked_length(self, value: Any) -> int:
-        try:
-            length = None if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            length = None
+        length = as_whole(value)
         # The single template may have more special tokens than the pair's.
         special = max(len(self._single) - 1, len(self._pair) - 2)
         if length is None or not special < length <= _LONGEST:

@@ -46,11 +46,7 @@ class VectorWriter:
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  as long as the writer
 
     def write(self, records: Sequence[dict[str, Any]], vectors: np.ndarray) -> None:
-        """records: what jsonl puts before each "embedding"; vectors (n, C). Raises ValueError for a vector that isn't
-        finite, naming its text."""
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            raise ValueError(f"the vector of text {self.rows + int(finite.argmin())} holds NaN or infinity")
+        """records: what jsonl puts before each "embedding"; vectors (n, C), finite (what makes them checks that)."""
         if self.format == "jsonl":
             data = b"".join(_json_line(r, v) for r, v in zip(records, vectors, strict=True))
         else:

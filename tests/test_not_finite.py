@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modernbert_lite import Embedder, FillMask, LateInteraction, Reranker, quantize_embeddings
+from modernbert_lite import Embedder, FillMask, LateInteraction, Reranker, cli, quantize_embeddings
 
 TEXTS = ["a river", "two stones", "the green house", "", "seven"]
 
@@ -101,6 +101,16 @@ def test_absurd_but_finite_weights_are_told(small_folders, tmp_path):
         model = cls.from_pretrained(folder, device="cpu")
         with pytest.raises(ValueError, match=r"^the result of text \d, .*, is not finite in float32; the checkpoint's"):
             call(model)
+
+
+@pytest.mark.parametrize("format", ["jsonl", "npy", "npz"])
+def test_the_shell_writes_no_such_vector(small_folders, tmp_path, capsys, format):
+    folder = changed(small_folders["dense"], tmp_path / "dense", mlp__Wi__weight=1e25)
+    out = tmp_path / f"v.{format}"
+    assert cli.main(["embed", "a river", "-m", str(folder), "--device", "cpu", "-o", str(out)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the result of text 0, str ('a river'), is not finite in float32" in line
+    assert not out.exists()
 
 
 def test_overflow_of_float16_is_told_with_the_dtypes_that_hold_it(small_folders, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -355,13 +356,16 @@ def test_prompts_without_pooling_equal_sentence_transformers(small_checkpoint, m
     for prompt in PROMPTS:
         expected = reference.encode(texts, prompt=prompt)
         finite = np.isfinite(expected).all(1)  # the maximum of no token is minus infinity there, and an error here
-        with cut_texts():
-            got = model.encode([text for text, fine in zip(texts, finite, strict=True) if fine], prompt=prompt)
-        np.testing.assert_allclose(got, expected[finite], atol=1e-5, rtol=1e-5)
+        if finite.any():
+            with cut_texts():
+                got = model.encode([text for text, fine in zip(texts, finite, strict=True) if fine], prompt=prompt)
+            np.testing.assert_allclose(got, expected[finite], atol=1e-5, rtol=1e-5)
         for i in np.flatnonzero(~finite):
             assert mode == "max"
-            with pytest.raises(ValueError, match=r"text 0, .*; or the text has no token beside its prompt, which"):
-                model.encode(texts[i], prompt=prompt)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # some are cut, too
+                with pytest.raises(ValueError, match=r"text 0, .*; or the text has no token beside its prompt"):
+                    model.encode(texts[i], prompt=prompt)
 
 
 @pytest.mark.parametrize("flag", [None, 0, False, True, "false"])

@@ -371,22 +371,6 @@ def test_a_folder_that_can_not_be_synced_is_no_failure(tmp_path, monkeypatch):
     outputs.sync_folder(tmp_path)
 
 
-# ---- values --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("format", ["npy", "jsonl"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_vector_that_is_not_finite_is_an_error_that_names_its_text(tmp_path, format, value):
-    """JSON has no word for it, and no search has a use for it."""
-    bad = block(4)
-    bad[2, 1] = value
-    writer = VectorWriter(tmp_path / f"v.{format}", format)
-    writer.write([{}] * 4, block(0))
-    with pytest.raises(ValueError, match="the vector of text 6 holds NaN or infinity"), writer:
-        writer.write([{}] * 4, bad)
-    assert np.array_equal(read(tmp_path / f"v.{format}.partial", format), block(0))
-
-
 @POSIX
 def test_signals_are_as_before(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

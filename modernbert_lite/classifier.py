@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .batch import PackedBatch
 from .heads import network_class
-from .inputs import check_text_or_pair, length, listed
+from .inputs import check_text_or_pair, keeping, length, listed
 from .pipeline import Checkpoint, Pipeline, keyworded, on_host
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
 from .tokenizer import FirstCut, Text
@@ -61,17 +61,15 @@ class Classifier(Pipeline):
         OptionError for another function or a top_k below 1, TypeError for an item that is no text and no pair.
         """
         top_k = None if top_k is None else whole_number("top_k", top_k)
-        single = isinstance(texts, str)
-        scores = self.predict_proba(
-            [texts] if isinstance(texts, str) else texts,
-            function_to_apply=function_to_apply,
-            show_progress_bar=show_progress_bar,
-        )
-        rows = [
-            [{"label": self.labels[i], "score": float(row[i])} for i in order[:top_k]]
-            for row, order in zip(scores, np.argsort(-scores, axis=-1, kind="stable").tolist(), strict=True)
-        ]
-        return rows[0] if single else rows
+
+        def best(rows: list[Tensor]) -> list[Scores]:
+            scores = self._stacked(rows)
+            return [
+                [{"label": self.labels[i], "score": float(row[i])} for i in order[:top_k]]
+                for row, order in zip(scores, np.argsort(-scores, axis=-1, kind="stable").tolist(), strict=True)
+            ]
+
+        return self._predict(texts, function_to_apply, show_progress_bar, best)
 
     __call__ = predict
 
@@ -87,12 +85,23 @@ class Classifier(Pipeline):
 
         texts, function_to_apply: as in `predict`; "none" gives the logits.
         """
+        scores: np.ndarray = self._predict(texts, function_to_apply, show_progress_bar, self._stacked)
+        return scores
+
+    def _predict(
+        self,
+        texts: str | Iterable[Text],
+        function_to_apply: str | None,
+        show_progress_bar: bool | None,
+        made: Callable[[list[Tensor]], Any],
+    ) -> Any:
+        """What is `made` of the texts' scores."""
         name = self.function_to_apply if function_to_apply is None else str(function_to_apply).lower()
         if name not in _FUNCTIONS:
             raise OptionError(f"function_to_apply is {shown(function_to_apply)}; it must be {', '.join(_FUNCTIONS)}")
         given, single = listed(texts, "texts", check_text_or_pair, "a str or an iterable of str or pairs", dimensions=2)
-        scores = self._stacked(self.rows(given, self._forward(name), show_progress_bar))
-        return scores[0] if single else scores
+        results = self.rows(given, self._forward(name), show_progress_bar, made)
+        return results[0] if single else results
 
     @keyworded
     def zero_shot(
@@ -131,19 +140,27 @@ class Classifier(Pipeline):
                 kept.append(text)
                 yield from (FirstCut((text, hypothesis)) for hypothesis in hypotheses)
 
-        count = length(items)
-        blocks = self.run(pairs(), self._forward("none"), show_progress_bar, count and count * len(names))
-        by_label = self._stacked([row for block in blocks for row in block]).reshape(-1, len(names), len(self.labels))
-        if multi_label or len(names) == 1:
-            scores = _softmax(by_label[..., [-1 if entailment == 0 else 0, entailment]])[..., 1]
-        else:
-            scores = _softmax(by_label[..., entailment])
-        orders = np.argsort(scores, axis=-1)[:, ::-1].tolist()
-        results = [
-            {"sequence": text, "labels": [names[i] for i in order], "scores": [float(row[i]) for i in order]}
-            for text, row, order in zip(kept, scores, orders, strict=True)
-        ]
-        return results[0] if single else results
+        rows: list[Tensor] = []
+
+        def results() -> list[dict[str, Any]]:
+            """Of the texts all of whose pairs are scored."""
+            count = len(rows) // len(names)
+            by_label = self._stacked(rows[: count * len(names)]).reshape(count, len(names), len(self.labels))
+            if multi_label or len(names) == 1:
+                scores = _softmax(by_label[..., [-1 if entailment == 0 else 0, entailment]])[..., 1]
+            else:
+                scores = _softmax(by_label[..., entailment])
+            orders = np.argsort(scores, axis=-1)[:, ::-1].tolist()
+            return [
+                {"sequence": text, "labels": [names[i] for i in order], "scores": [float(row[i]) for i in order]}
+                for text, row, order in zip(kept[:count], scores, orders, strict=True)
+            ]
+
+        total = length(items)
+        with keeping(results, items):
+            for block in self.run(pairs(), self._forward("none"), show_progress_bar, total and total * len(names)):
+                rows += block
+        return results()[0] if single else results()
 
     def _forward(self, function: str) -> Callable[[PackedBatch], Iterator[Tensor | None]]:
         def forward(batch: PackedBatch) -> Iterator[Tensor | None]:

@@ -136,7 +136,7 @@ class Embedder(Prompted, Pipeline):
                 f"output_value is {shown(output_value)}; it must be one of {', '.join(map(repr, _OUTPUTS))}"
             )
         if precision not in PRECISIONS:
-            raise OptionError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+            raise OptionError(f"precision is {shown(precision)}; it must be one of {', '.join(PRECISIONS)}")
         if output_value != "sentence_embedding":
             if precision != "float32":
                 raise OptionError(
@@ -250,7 +250,7 @@ class Embedder(Prompted, Pipeline):
                 "encoder, as in Alibaba-NLP/gte-multilingual-base"
             )
         if keys not in sparse.KEYS:
-            raise OptionError(f"keys is {keys!r:.60}; it must be one of {', '.join(sparse.KEYS)}")
+            raise OptionError(f"keys is {shown(keys)}; it must be one of {', '.join(sparse.KEYS)}")
         most = sparse.most_active(max_active_dims, self.max_active_dims)
         side, forward = self._side(task)
         prompt = self._resolve_prompt(prompt_name, prompt)
@@ -273,7 +273,7 @@ class Embedder(Prompted, Pipeline):
         show_progress_bar: bool | None,
     ) -> Any:
         """encode() where it gives tokens' vectors: those alone, or everything about a text. unit, dim: of its own."""
-        texts, single = listed(sentences, "sentences")
+        given, single = listed(sentences, "sentences", lambda text, i: prompt + check_text(text, i))
         skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
 
         def forward(batch: PackedBatch) -> list[Any]:
@@ -298,11 +298,7 @@ class Embedder(Prompted, Pipeline):
                 "sentence_embedding": vector,
             }
 
-        blocks = self.run((prompt + text for text in texts), forward, show_progress_bar, length(texts))
-        results: list[Any] = []
-        with keeping(lambda: results, texts):
-            for block in blocks:
-                results += map(result, block)
+        results = self.rows(given, forward, show_progress_bar, lambda rows: [result(row) for row in rows])
         return results[0] if single else results
 
     def encode_sparse_query(self, sentences: str | Iterable[str], **kwargs: Any) -> Any:
@@ -342,7 +338,7 @@ class Embedder(Prompted, Pipeline):
     def _side(self, task: str | None) -> tuple[Pipeline, Callable[[PackedBatch], list[Any]]]:
         """What feeds texts of this task, and what makes rows of their batches."""
         if task not in (*TASKS, None):
-            raise OptionError(f"task is {task!r:.60}; it must be one of {', '.join(TASKS)}, or None")
+            raise OptionError(f"task is {shown(task)}; it must be one of {', '.join(TASKS)}, or None")
         if self.splade is None:
             return self, partial(sparse.token_weights, self.model, self.tokenizer.unweighted)
         road = self.splade.road(task)

@@ -47,10 +47,7 @@ def check_text(text: object, i: int) -> str:
     if not isinstance(text, str):
         raise TypeError(f"text {i} is {brief(text)}; each text must be a str")
     if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            check_unicode(text, f"text {i}")
+        check_unicode(text, f"text {i}")
     return text
 
 

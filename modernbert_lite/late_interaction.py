@@ -200,9 +200,8 @@ class LateInteraction(Prompted, Pipeline):
         )
 
     def _find_padding(self, token: str | None, folder: Path) -> int:
-        names = (
-            self.tokenizer.names
-        )  # as sentence-transformers: the mask token that the files name, else the last token
+        # As sentence-transformers: the mask token that the files name, else the last token.
+        names = self.tokenizer.names
         padding = token or names.get("mask_token") or names.get("eos_token") or self.tokenizer.mask_token
         found = None if padding is None else self.tokenizer.id_of(padding)
         if found is None:

@@ -86,7 +86,7 @@ def keyworded(method: Callable[Args, Result]) -> Callable[Args, Result]:
 
 
 def _unknown(where: str, name: str, hints: dict[str, str]) -> TypeError:
-    return TypeError(f"{where} has no option {name!r}" + (f": {hints[name]}" if name in hints else ""))
+    return TypeError(f"{where} has no option {shown(name)}" + (f": {hints[name]}" if name in hints else ""))
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class Pipeline:
     def check(cls, checkpoint: object) -> None:
         """Raises TypeError for a model's name in the constructor's place."""
         if not isinstance(checkpoint, Checkpoint):
-            raise TypeError(f"to open a model use {cls.__name__}.from_pretrained({checkpoint!r:.60})")
+            raise TypeError(f"to open a model use {cls.__name__}.from_pretrained({shown(checkpoint, 60)})")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config.architecture}, {self.max_seq_length} tokens, {self.device})"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .batch import PackedBatch
+from .reading import shown
 
 PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
 
@@ -149,7 +150,7 @@ def quantize_embeddings(embeddings: np.ndarray, precision: str, ranges: np.ndarr
     embeddings that are not finite in the precision, naming the first.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision is {shown(precision)}; it must be one of {', '.join(PRECISIONS)}")
     embeddings = floats(embeddings, "embeddings")
     if precision == "float32":
         return embeddings

@@ -144,8 +144,6 @@ class Reranker(Prompted, Pipeline):
 
 def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_documents: bool) -> list[dict[str, Any]]:
     """Scores (N,) and their documents -> the best `top_k`, best first."""
-    if top_k is not None:
-        top_k = whole_number("top_k", top_k)
     order = np.argsort(-scores, kind="stable")[:top_k]
     results: list[dict[str, Any]] = [{"corpus_id": int(i), "score": float(scores[i])} for i in order]
     if return_documents:

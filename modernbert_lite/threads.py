@@ -40,9 +40,9 @@ def set_threads(threads: int | None) -> None:
         name, value = VARIABLE, int(text) if text.isdecimal() and len(text) < 10 else None
     value = as_whole(value)
     if value is None or not 1 <= value <= most:
-        got = shown(threads if name == "threads" else text)
+        got = shown(threads if name == "threads" else text, 60)
         raise OptionError(
-            f"{name} is {got:.60}; it must be a whole number from 1 to {most}, the processors that this process may use"
+            f"{name} is {got}; it must be a whole number from 1 to {most}, the processors that this process may use"
         )
     if _forked and value > 1:
         raise OptionError(

@@ -430,3 +430,19 @@ def test_a_logit_that_is_not_finite_names_the_text(make, function):
         model.predict(["a text"], function_to_apply=function)
     with pytest.raises(ValueError, match="the result of text 0"):
         model.zero_shot("a text", ["x", "y"])
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_what_was_finished_before_an_error_has_the_form_of_the_result(make, monkeypatch, multi_label):
+    monkeypatch.setattr("modernbert_lite.pipeline._WINDOW_TEXTS", 2)
+    model, labels = ours(make(id2label=NLI)), ["music", "money", "sport"]
+    texts = ["a b", "c d", "e f", "g h", "i j"]
+    zero_shot = functools.partial(model.zero_shot, labels=labels, multi_label=multi_label)
+    # Of zero_shot 15 pairs were waiting: 14 were scored, which are four texts and a part of the fifth.
+    for call in (model.predict, model.predict_proba, zero_shot):
+        with pytest.raises(TypeError, match=r"text 5 is int \(7\); .* \(4 rows were finished: this error") as caught:
+            call(iter([*texts, 7]))
+        finished, expected = caught.value.finished, call(texts[:4])
+        assert np.array_equal(finished, expected) if call == model.predict_proba else finished == expected
+    with pytest.raises(TypeError, match=r"^text 1 is int \(7\); each text must be a str$"):
+        model.zero_shot(["a", 7], labels)

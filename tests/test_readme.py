@@ -71,6 +71,10 @@ def hub(make_checkpoint, tmp_path):
     cached(cache, "Alibaba-NLP/gte-reranker-modernbert-base", reranker)
     cached(cache, "answerdotai/ModernBERT-base", make_checkpoint("ModernBertForMaskedLM", name="mlm")[0])
     cached(cache, "Alibaba-NLP/gte-multilingual-base", sparse_gte(tmp_path / "gte"))
+    entailment = {"num_labels": 2, "id2label": {0: "entailment", 1: "not_entailment"}}
+    entailment["label2id"] = {"entailment": 0, "not_entailment": 1}
+    nli = make_checkpoint("ModernBertForSequenceClassification", name="nli", **entailment)[0]
+    cached(cache, "MoritzLaurer/ModernBERT-base-zeroshot-v2.0", nli)
     late = make_checkpoint(name="late")[0]
     (late / "1_Dense").mkdir()
     save_file({"linear.weight": torch.eye(8, 96)}, late / "1_Dense" / "model.safetensors")
@@ -89,7 +93,7 @@ def hub(make_checkpoint, tmp_path):
 
 def test_python_blocks_run(hub, tmp_path):
     codes = blocks("python")
-    assert len(codes) == 7
+    assert len(codes) == 9
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(codes)], env=hub, cwd=tmp_path, capture_output=True, text=True
     )
@@ -100,7 +104,7 @@ def test_python_blocks_run(hub, tmp_path):
 
 
 def test_embedding_and_reranking_take_six_lines():
-    embed, _, _, rerank = blocks("python")[:4]
+    embed, _, _, _, rerank = blocks("python")[:5]
     assert [len([line for line in code.splitlines() if line]) for code in (embed, rerank)] == [5, 5]
 
 

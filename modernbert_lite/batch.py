@@ -42,8 +42,6 @@ class PackedBatch:
     max_type: int = 0
     # Of each sequence so many tokens, its first, are seen; those after them see and are not. None: all are.
     key_seqlens: tuple[int, ...] | None = None
-    # Tokens after the last sequence that belong to none, so that T is one of few numbers (see ops.round_up).
-    spare: int = 0
     # What ops derive from the batch once for all layers; `to` and `replace` start anew.
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -11,6 +11,7 @@ import functools
 import math
 import platform
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -22,8 +23,21 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .reading import warn
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_ROWS = 512  # of activations that are quantised and multiplied at a time: what lies between stays in the caches
-_QUERIES = 512  # a chunk of `chunked_attention`
+_ROWS = 256  # of activations that are multiplied at a time: what lies between stays in the caches
+# The numbers of rows that are multiplied (see _blocks): 4 in each doubling, from 64 on 8.
+_SIZES = (
+    1,
+    2,
+    3,
+    4,
+    6,
+    *range(8, 16, 2),
+    *range(16, 32, 4),
+    *range(32, 64, 8),
+    *range(64, 128, 8),
+    *range(128, 257, 16),
+)
+_QUERIES, _KEYS = 512, 256  # of `chunked_attention`: a chunk, and what the number of keys is a multiple of
 _TINY = 1e-30  # the scale of a row of zeros
 _READ_ONLY = (
     "this weight is packed for inference: it can't be written to or trained; load the network with packed=False"
@@ -160,12 +174,17 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tenso
             else:
                 torch.addcmul(residual[rows], product, scale, out=out[rows])
         return out if bias is None else out.add_(bias)
-    if residual is not None and len(weight.parts) == 1 and x.dtype == residual.dtype == torch.float32:
-        return _multiply_and(x, residual, weight.parts[0], bias, "add")
-    biases = [None] * len(weight.parts) if bias is None else bias.chunk(len(weight.parts))
-    products = [_multiply(x, part, b) for part, b in zip(weight.parts, biases, strict=True)]
-    y = products[0] if len(products) == 1 else torch.cat(products, -1)
-    return y if residual is None else residual.float() + y
+    products = _products(x, weight, bias)
+    if len(x) <= _ROWS:  # nothing to put together
+        ((_, y),) = products
+        return y if residual is None else residual.float() + y
+    out = torch.empty(len(x), len(weight), dtype=x.dtype if residual is None else torch.float32, device="cpu")
+    for rows, y in products:
+        if residual is None:
+            out[rows] = y
+        else:
+            torch.add(residual[rows].float(), y, out=out[rows])
+    return out
 
 
 @_not_compiled
@@ -184,35 +203,44 @@ def gated_linear(
         return out
     first, second = weight.parts[::order]
     bias1, bias2 = (None, None) if bias is None else bias.chunk(2)[::order]
-    activated = _multiply(x, first, bias1, "gelu") if act == "gelu" else function(_multiply(x, first, bias1))
-    return _multiply_and(x, activated, second, bias2, "mul")
+    out = x.new_empty(len(x), len(weight) // 2)
+    for rows, block in _blocks(x):
+        activated = (
+            _multiply(block, first, bias1, "gelu") if act == "gelu" else function(_multiply(block, first, bias1))
+        )
+        n = rows.stop - rows.start
+        torch.mul(activated[:n], _multiply(block, second, bias2)[:n], out=out[rows])
+    return out
 
 
-def rounded(rows: int) -> int:
-    """The number of rows that are multiplied in the place of so many: the next of few. oneDNN builds kernels for every
-    number of rows that it meets, which takes 0.5 to 1 ms and half a megabyte for each weight's shape; ragged texts
-    would bring a new number with nearly every batch. Up to 16 rows all numbers, then 8, from 256 rows on 16 in each
-    doubling: 2 to 4 % more rows on average."""
-    bits = rows.bit_length()
-    step = 1 << max(0, bits - (4 if bits <= 8 else 5))
-    return -(-rows // step) * step
+def _products(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """x (T, K) @ weight (M, K)^T + bias, some rows at a time: which, and their (n, M)."""
+    biases = [None] * len(weight.parts) if bias is None else bias.chunk(len(weight.parts))
+    for rows, block in _blocks(x):
+        parts = [_multiply(block, part, b) for part, b in zip(weight.parts, biases, strict=True)]
+        yield rows, (parts[0] if len(parts) == 1 else torch.cat(parts, -1))[: rows.stop - rows.start]
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """x (T, K), at most _ROWS rows at a time: which, and those, followed by rows of zeros to one of few numbers.
+
+    For every number of rows that oneDNN meets with a weight's shape it builds kernels, 0.5 to 1 ms and half a megabyte
+    that it keeps. Ragged texts bring a new number of tokens with nearly every batch."""
+    for start in range(0, len(x), _ROWS):
+        rows = slice(start, min(start + _ROWS, len(x)))
+        yield rows, _with_spare_rows(x[rows])
 
 
 def _with_spare_rows(x: Tensor) -> Tensor:
-    """(n, K) -> (`rounded(n)`, K), contiguous. (A strided x goes through loops without vectors, a thousand times
-    slower.)"""
-    spare = rounded(len(x)) - len(x)
+    """(n, K), n up to _ROWS -> (the next of _SIZES, K), contiguous. (A strided x goes through loops without vectors, a
+    thousand times slower.)"""
+    spare = _SIZES[bisect_left(_SIZES, len(x))] - len(x)
     return F.pad(x, (0, 0, 0, spare)) if spare else x.contiguous()
 
 
 def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, post: str = "none") -> Tensor:
     algorithm = "none" if post == "gelu" else ""  # of gelu: "none" is the exact one, by erf
-    return torch.ops.mkldnn._linear_pointwise(_with_spare_rows(x), packed, bias, post, [], algorithm)[: len(x)]
-
-
-def _multiply_and(x: Tensor, other: Tensor, packed: Tensor, bias: Tensor | None, op: str) -> Tensor:
-    x_rows, other_rows = _with_spare_rows(x), _with_spare_rows(other)
-    return torch.ops.mkldnn._linear_pointwise.binary(x_rows, other_rows, packed, bias, op)[: len(x)]
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, post, [], algorithm)
 
 
 def _quantized_rows(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -259,20 +287,18 @@ def works(dtype: torch.dtype) -> bool:
     """Probes the internal operators once on a small product; warns and says no where they fail or differ."""
     fp32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
     x, weight = torch.linspace(-1, 1, 21, **fp32).view(3, 7), torch.linspace(-1, 2, 35, **fp32).view(5, 7)
-    other = torch.ones(3, 5, **fp32)
-    product, bias = F.linear(x, weight, other[0]), other[0]
+    bias = torch.ones(5, **fp32)
+    product = F.linear(x, weight, bias)
     try:
         if not _supported(dtype):
             name = str(dtype).removeprefix("torch.")
             warn(f"this CPU has no fast {name} products; float32 or int8 may be faster")
             return False
-        x16, other16, bias16 = x.to(dtype), other.to(dtype), bias.to(dtype)
+        x16, bias16 = x.to(dtype), bias.to(dtype)
         packed = pack(weight.to(dtype)).parts[0]
         results = [
             (_multiply(x16, packed, bias16), product),
             (_multiply(x16, packed, bias16, "gelu"), F.gelu(product)),
-            (_multiply_and(x16, other16, packed, bias16, "add"), product + 1),
-            (_multiply_and(x16, other16 * 2, packed, bias16, "mul"), product * 2),
             (packed.to_dense(), weight),
         ]
         tolerance = 1e-5 if dtype == torch.float32 else 0.1
@@ -372,13 +398,15 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dtype: torch
     # Softmax doesn't see what all keys have in common; without it scores are smaller, and round less.
     k = k - k.mean(2, keepdim=True)
     q = q * q.shape[-1] ** -0.5
-    hidden = rounded(k.shape[2]) - k.shape[2]  # keys that are there for the number's sake
+    more = -k.shape[2] % _KEYS  # keys and queries for the number's sake: see _blocks
     for qh, kh, vh, oh in (x for b in zip(q, k, v, out, strict=True) for x in zip(*b, strict=True)):  # (S, D)
-        queries, keys, values = qh.to(dtype), _with_spare_rows(kh.to(dtype)), F.pad(vh.t().to(dtype), (0, hidden))
+        queries, keys, values = (F.pad(x.to(dtype), (0, 0, 0, more)) for x in (qh, kh, vh))
+        values = values.t().contiguous()
         for i in range(0, len(qh), _QUERIES):
-            scores = _multiply(queries[i : i + _QUERIES], keys, None)
+            scores = _multiply(queries[i : i + _QUERIES].contiguous(), keys.contiguous(), None)
             scores[:, len(kh) :] = -math.inf
-            oh[i : i + _QUERIES] = _multiply(torch.softmax(scores, -1), values.contiguous(), None)
+            to = oh[i : i + _QUERIES]
+            to.copy_(_multiply(torch.softmax(scores, -1), values, None)[: len(to)])
 
 
 def rounding(weight: Tensor) -> torch.dtype:

@@ -29,8 +29,7 @@ class Gte(nn.Module):
         """(T, C), in the weights' dtype; or, of the tokens `rows` (B,), row b in sequence b, (B, C): the last layer
         then computes no more than they need. Raises ValueError for ids outside the tables."""
         check_batch(batch, self.config, rows)
-        config, T = self.config, len(batch.input_ids)
-        batch = ops.round_up(batch, self.encoder.layer[0].attention.qkv_proj.weight)
+        config = self.config
         rotary = config.position_embedding_type == "rope"
         turn = ops.rotation(config.rope, config.head_dim, batch) if rotary else None
         scale = None
@@ -41,7 +40,7 @@ class Gte(nn.Module):
         *lower, last = self.encoder.layer
         for layer in lower:
             x = layer(x, batch, turn, scale)
-        return last(x, batch, turn, scale, rows)[:T]
+        return last(x, batch, turn, scale, rows)
 
 
 class Embeddings(nn.Module):

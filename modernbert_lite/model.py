@@ -29,8 +29,7 @@ class ModernBert(nn.Module):
         """(T, C), in the weights' dtype; or, of the tokens `rows` (B,), row b in sequence b, (B, C): the last layer
         then computes no more than they need. Raises ValueError for ids outside the vocabulary."""
         check_batch(batch, self.config, rows)
-        config, T = self.config, len(batch.input_ids)
-        batch = ops.round_up(batch, self.layers[0].attn.Wqkv.weight)
+        config = self.config
         full = ops.rotation(config.full_rope, config.head_dim, batch)
         sliding = ops.rotation(config.sliding_rope, config.head_dim, batch)
 
@@ -44,7 +43,7 @@ class ModernBert(nn.Module):
         else:
             x = layer(x, batch, sliding)
             x = x if rows is None else x[rows]
-        return self.final_norm(x[:T])
+        return self.final_norm(x)
 
 
 def check_batch(batch: PackedBatch, config: Config, rows: Tensor | None = None) -> None:

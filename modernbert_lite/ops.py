@@ -10,7 +10,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, ParamSpec, TypeGuard
 
@@ -140,27 +139,6 @@ def _multiplies_packed(weight: Tensor, x: Tensor, *others: Tensor | None) -> Typ
     # (8-bit weights on a CPU that can't multiply them are not oneDNN's.)
     usable = weight.parts[0].is_mkldnn and x.dtype == weight.dtype and x.dim() == 2 and len(x) > 0
     return usable and not tracked
-
-
-def round_up(batch: PackedBatch, weight: Tensor) -> PackedBatch:
-    """The batch with a few spare tokens at its end, where packed weights multiply it: oneDNN builds kernels for every
-    number of rows that it meets, so there should be few. The spare tokens' results are to be cut off."""
-    if not is_packed(weight) or torch.compiler.is_compiling() or batch.spare or batch.input_ids.is_cuda:
-        return batch
-    from . import cpu
-
-    T = len(batch.input_ids)
-    spare = cpu.rounded(T) - T
-    if not spare:
-        return batch
-    types = batch.token_type_ids
-    return replace(
-        batch,
-        input_ids=F.pad(batch.input_ids, (0, spare)),
-        position_ids=F.pad(batch.position_ids, (0, spare)),
-        token_type_ids=None if types is None else F.pad(types, (0, spare)),
-        spare=spare,
-    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -337,8 +315,6 @@ def attention(
     out = torch.empty_like(qkv[:, 0], dtype=qkv.dtype if weight is None else weight.dtype)
     if onednn and qkv.dtype != torch.float32 and not _sees_all(window_size, batch.max_seqlen):
         qkv = qkv.float()  # as fast as in 16 bits where blocks are small, and scores aren't rounded
-    if batch.spare:
-        out[-batch.spare :] = 0
     for start, count, length, keys in _runs(batch, len(qkv)):
         span = slice(start, start + count * length)
         q, k, v = (x.transpose(1, 2) for x in qkv[span].unflatten(0, (count, length)).unbind(2))  # (n, H, S, D)
@@ -431,7 +407,7 @@ def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor:
 def _runs(batch: PackedBatch, T: int) -> Iterator[tuple[int, int, int, int]]:
     """Neighbours of equal length, and keys, to share a call: [5, 5, 2] -> (start 0, count 2, length 5, keys 5), .."""
     seqlens = batch.seqlens
-    if sum(seqlens) + batch.spare != T:
+    if sum(seqlens) != T:
         raise ValueError(f"the batch's seqlens add up to {sum(seqlens)}; the tensor has {T} tokens")
     # Two groupbys, of numbers: torch.compile can't trace one of pairs.
     start = first = 0

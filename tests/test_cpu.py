@@ -606,7 +606,7 @@ def failing(*_: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("broken", [missing, failing])
-@pytest.mark.parametrize("name", ["pack", "_multiply", "_multiply_and"])
+@pytest.mark.parametrize("name", ["pack", "_multiply"])
 def test_a_torch_without_the_operators_falls_back_with_one_warning(
     make_checkpoint, forced, monkeypatch, unprobed, broken, name
 ):

@@ -6,13 +6,12 @@ Needs no torch, so that `modernbert-lite info` and error messages stay quick.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .reading import CheckpointError, Reader, is_there, read_json, shown
+from .reading import CheckpointError, Reader, is_there, read_json, shown, warn
 from .rope_config import ROPE_TYPES, Rope, read_rope
 
 # The activations that transformers knows (its ACT2FN), but for prelu and xielu, which have weights. Checkpoints of
@@ -353,10 +352,9 @@ def _rope(get: Reader, kind: str, head_dim: int) -> Rope:
     longest = get.whole("max_position_embeddings", 8192)
     rope = read_rope(read, theta, ROPE_TYPES, f"rope type {{}} of {kind}", longest=longest, head_dim=head_dim)
     if kind == FULL and "rope_type" not in values and get.raw.get("rope_parameters") is None and rope != Rope(theta):
-        warnings.warn(
+        warn(
             f"rope_scaling names {rope.type!r} by its old key `type`, as transformers 4 wrote it: it applies here, and "
-            "transformers 5 leaves it out for ModernBERT. Write `rope_type` to have the same in both",
-            stacklevel=2,
+            "transformers 5 leaves it out for ModernBERT. Write `rope_type` to have the same in both"
         )
     return rope
 

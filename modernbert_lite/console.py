@@ -109,20 +109,20 @@ class _Stderr:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except (OSError, ValueError):
+        except Exception:  # noqa: BLE001  it may be anybody's logger
             self._silence()
         return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except (OSError, ValueError):
+        except Exception:  # noqa: BLE001  as in `write`; some have no flush at all
             self._silence()
 
     def isatty(self) -> bool:
         try:
             return bool(self._stream.isatty())
-        except (OSError, ValueError, AttributeError):
+        except Exception:  # noqa: BLE001  as in `write`
             return False
 
     def __getattr__(self, name: str) -> Any:
@@ -135,7 +135,7 @@ class _Stderr:
 
 def silence(stream: Any) -> None:
     """What waits in a stream that can't be written to goes nowhere: else Python fails over it at its end."""
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(Exception):
         null = os.open(os.devnull, os.O_WRONLY)
         try:
             os.dup2(null, stream.fileno())

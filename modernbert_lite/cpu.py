@@ -37,7 +37,7 @@ _SIZES = (
     *range(64, 128, 8),
     *range(128, 257, 16),
 )
-_QUERIES, _KEYS = 512, 256  # of `chunked_attention`: a chunk, and what the number of keys is a multiple of
+_QUERIES, _KEYS = 512, 128  # of `chunked_attention`: a chunk, and what the number of keys is a multiple of
 _TINY = 1e-30  # the scale of a row of zeros
 _READ_ONLY = (
     "this weight is packed for inference: it can't be written to or trained; load the network with packed=False"
@@ -398,7 +398,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dtype: torch
     # Softmax doesn't see what all keys have in common; without it scores are smaller, and round less.
     k = k - k.mean(2, keepdim=True)
     q = q * q.shape[-1] ** -0.5
-    more = -k.shape[2] % _KEYS  # keys and queries for the number's sake: see _blocks
+    more = -k.shape[2] % _KEYS  # padding, so that oneDNN meets few sizes: see _blocks
     for qh, kh, vh, oh in (x for b in zip(q, k, v, out, strict=True) for x in zip(*b, strict=True)):  # (S, D)
         queries, keys, values = (F.pad(x.to(dtype), (0, 0, 0, more)) for x in (qh, kh, vh))
         values = values.t().contiguous()

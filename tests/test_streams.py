@@ -2,7 +2,9 @@
 one: what was asked for is given."""
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,7 +13,7 @@ import warnings
 import numpy as np
 import pytest
 
-from modernbert_lite import Embedder, pipeline
+from modernbert_lite import Embedder, cli, pipeline
 
 TEXTS = ["a river", "two stones", "", "word " * 30]
 
@@ -188,3 +190,26 @@ def test_a_warning_from_within_points_at_the_caller(model):
     with pytest.warns(UserWarning, match="from a hook") as seen:
         model.encode("a")
     assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_warning_at_loading_is_told_or_lost_and_nothing_else(small_folders, monkeypatch, tmp_path, name):
+    """The warning of config.json's old key, which a file of transformers 4 may have."""
+    folder = shutil.copytree(small_folders["dense"], tmp_path / "old")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    config["rope_scaling"] = {"type": "linear", "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        patch.setattr(warnings, "showwarning", lambda message, *_: sys.stderr.write(str(message)))
+        patch.setattr(sys, "stderr", STREAMS[name]())
+        assert Embedder.from_pretrained(folder, device="cpu").encode(["a"]).shape == (1, 7)
+
+
+@pytest.mark.parametrize("name", [name for name in STREAMS if name not in ("closed",)])
+def test_the_shell_s_status_is_right_whatever_stderr_is(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(sys, "stderr", STREAMS[name]())
+    to = tmp_path / "vectors.npy"
+    assert cli.main(["embed", "a text", "--output", str(to)]) == 0
+    assert np.load(to).shape == (1, 384)

@@ -56,7 +56,7 @@ class FirstCut(tuple[str, str]):
 
 class Tokenizer:
     """Texts and pairs to ids, as transformers 5.23's AutoTokenizer makes them of the folder's files. Encoding changes
-    nothing, so any number of threads may share one.
+    nothing, and decoding only fills a cache, so any number of threads may share one.
 
     How much time and memory a text takes is the tokenizers library's: up to 0.3 KB a character and 2 s a megabyte, for
     the part of the text that is needed. The whole is needed where its few last characters change the first tokens (a
@@ -93,6 +93,7 @@ class Tokenizer:
         self.has_types = files.gives_types and any(kind for _, kind in self._single + self._pair)
         self._long_words = self._words_without_pieces()
         self.max_length = max_length
+        self._decoded: dict[int, str] = {}
         self.mask_token, self.mask_token_id = self._find("mask_token", ("[MASK]", "<mask>"))
         self.unk_token_id = self._find("unk_token", _UNWEIGHTED["unk_token"])[1]
         unweighted = {self._find(key, names)[1] for key, names in _UNWEIGHTED.items()}
@@ -194,7 +195,7 @@ class Tokenizer:
         return len(ids) - (ids[-1] in self._special_ids)
 
     def id_of(self, token: str) -> int | None:
-        """Of a token as the vocabulary spells it; None for one that isn't in it."""
+        """The id of a token as the vocabulary spells it; None if it isn't there."""
         try:
             found: int | None = self._rust.token_to_id(token)
         except UnicodeEncodeError:  # half of a surrogate pair
@@ -245,10 +246,14 @@ class Tokenizer:
     def decode(self, token_id: int) -> str:
         """One token as text, as transformers' decode([token_id]): a leading space stays in byte-level vocabularies, and
         is dropped in SentencePiece's Unigram ones."""
+        known = self._decoded.get(token_id)  # a sparse vector names the same few thousand tokens again and again
+        if known is not None:
+            return known
         with no_panic(f"token {token_id} can't be decoded"):
             text = str(self._rust.decode([token_id], skip_special_tokens=False))
         for spaced, close in _CLEANED if self._cleans_up else ():
             text = text.replace(spaced, close)
+        self._decoded[token_id] = text
         return text
 
     def _template(self, is_pair: bool) -> list[tuple[int, int]]:

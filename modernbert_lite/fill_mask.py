@@ -61,14 +61,16 @@ class FillMask(Pipeline):
         items, single = listed(texts, "texts", self._check_mask)
 
         def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-            """(M, V) -> probabilities and tokens, (M, best) each."""
+            """(M, V) -> probabilities and tokens, (M, best) each; NaN where a logit is not finite."""
             probabilities = logits.float().softmax(-1)
             if wanted is None:
                 scores, ids = probabilities.topk(best)
-                return scores, ids
-            some = torch.tensor(wanted, device=probabilities.device)
-            scores, places = probabilities[:, some].topk(best)
-            return scores, some[places]
+            else:
+                some = torch.tensor(wanted, device=probabilities.device)
+                scores, places = probabilities[:, some].topk(best)
+                ids = some[places]
+            hidden = logits.amin(-1, keepdim=True).isinf()  # the softmax makes 0 of -inf, and NaN of inf and NaN
+            return scores.masked_fill(hidden, math.nan), ids
 
         def forward(batch: PackedBatch) -> list[list[list[Prediction]] | None]:
             network: Any = self.model

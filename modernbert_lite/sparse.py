@@ -141,7 +141,9 @@ def _parts(seqlens: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
 
 
 def _pool(logits: Tensor, lengths: Sequence[int], road: Splade) -> Tensor:
-    """(T, V) -> (B, V). The activation rises with the logit, so that for the largest weight it is left for later."""
+    """(T, V) -> (B, V). The activation rises with the logit, so that for the largest weight it is left for later. A
+    sequence with a logit that is not finite has one here."""
+    logits[:, 0] += 0 * logits.amin(1)  # NaN for -inf, which the relu or a larger logit would hide
     return _reduce(logits if road.strategy == "max" else _activate(logits.float(), road), lengths, road)
 
 

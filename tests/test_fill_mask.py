@@ -241,3 +241,40 @@ def test_a_target_of_several_tokens_is_told_once_and_before_work(model):
 def test_bad_targets_are_refused(model, targets, error, message):
     with pytest.raises(error, match=message):
         model.predict(TEXTS, targets=targets)
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+@pytest.mark.parametrize("options", [{}, {"targets": ["Paris", " London"]}])
+def test_one_logit_that_is_not_finite_names_the_text(folder, value, options):
+    """-inf, too: the softmax makes 0 of it. The other texts of the batch are fine."""
+    model = FillMask.from_pretrained(folder, device="cpu")
+    logits, rows = model.model.logits, len(model.predict("a [MASK] [MASK]"))
+
+    def spoilt(x):
+        out = logits(x)
+        if len(x) > rows:
+            out[1, 77] = value  # batches are sorted: the second row is the second text's here
+        return out
+
+    model.model.logits = spoilt
+    with pytest.raises(ValueError, match=r"^the result of text 1, .*b \[MASK\] b.*, is not finite in float32"):
+        model.predict(["a [MASK] a a a", "b [MASK] b b", "c [MASK]"], **options)
+
+
+def test_a_token_is_decoded_once(folder, monkeypatch):
+    import copy
+    import pickle
+
+    tokenizer = FillMask.from_pretrained(folder, device="cpu").tokenizer
+    texts, calls, rust = [tokenizer.decode(i) for i in range(300)], [], tokenizer._rust
+
+    class Counting:
+        def decode(self, ids, **options):
+            calls.extend(ids)
+            return rust.decode(ids, **options)
+
+    for other in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert [other.decode(i) for i in range(301)] == [*texts, rust.decode([300], skip_special_tokens=False)]
+    monkeypatch.setattr(tokenizer, "_rust", Counting())
+    assert [tokenizer.decode(i) for i in [*range(300), 300, 300]] == [*texts, *[rust.decode([300])] * 2]
+    assert calls == [300]

@@ -229,6 +229,35 @@ def test_weights_that_are_not_finite_are_an_error_that_names_the_text(save):
         Embedder.from_pretrained(folder, device="cpu").encode_sparse(["cat"])
 
 
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+@pytest.mark.parametrize("strategy", ["max", "sum"])
+@pytest.mark.parametrize("rows", [3, 1 << 20])
+def test_one_logit_that_is_not_finite_names_its_text_alone(save, monkeypatch, strategy, value, rows):
+    """-inf, too, which the relu and a larger logit hide; in a long text that is computed in pieces, too."""
+    mine = Embedder.from_pretrained(save(strategy=strategy), device="cpu")
+    cat = mine.tokenizer.encode(["cat"])[0][0][1]
+    encoder, logits, where = mine.network, mine.model.logits, []
+
+    def spoilt(x):
+        out = logits(x)
+        first, where[0] = where[0][: len(x)], where[0][len(x) :]
+        out[first, 5] = value
+        return out
+
+    def noted(batch, *options):
+        where[:] = [batch.input_ids == cat]
+        return encoder(batch, *options)
+
+    monkeypatch.setattr(sparse, "_MOST_LOGITS", rows * SIZE)
+    texts = ["the dog is", "a dog runs and the cat", "dog"]
+    expected = mine.encode_sparse([texts[0], texts[2]])
+    monkeypatch.setattr(mine.model, "logits", lambda x: spoilt(x) if where else logits(x))
+    monkeypatch.setattr(mine, "network", noted)
+    with pytest.raises(ValueError, match=r"^the result of text 1, .*, is not finite in float32"):
+        mine.encode_sparse(texts)
+    assert mine.encode_sparse([texts[0], texts[2]]) == expected
+
+
 def test_with_modernberts_own_tokenizer_ids_keep_apart_what_tokens_do_not(make_checkpoint, tmp_path):
     """Parts of a character are all decoded as U+FFFD."""
     net, _ = make_checkpoint("ModernBertForMaskedLM", hidden_size=32, num_attention_heads=1, num_hidden_layers=2)

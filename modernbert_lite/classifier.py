@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .batch import PackedBatch
 from .heads import network_class
-from .inputs import check_text_or_pair, keeping, length, listed
+from .inputs import check_text, check_text_or_pair, keeping, length, listed
 from .pipeline import Checkpoint, Pipeline, keyworded, on_host
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
 from .tokenizer import FirstCut, Text
@@ -127,9 +128,8 @@ class Classifier(Pipeline):
         text.
         """
         if isinstance(labels, str):
-            names = [name for name in map(str.strip, labels.split(",")) if name]
-        else:
-            names = list(listed(labels, "labels")[0])
+            labels = [name for name in map(str.strip, labels.split(",")) if name]
+        names = list(listed(labels, "labels", partial(check_text, name="label"))[0])
         hypotheses = self._hypotheses(names, hypothesis_template)
         entailment = self._entailment()
         items, single = listed(texts, "texts")

@@ -42,12 +42,13 @@ class Given:
         return len(self.items) if isinstance(self.items, (list, tuple, np.ndarray)) else 0
 
 
-def check_text(text: object, i: int) -> str:
-    """`text`, if it is a string that UTF-8 can hold. Raises TypeError or ValueError, naming which one is not."""
+def check_text(text: object, i: int, name: str = "text") -> str:
+    """`text`, if it is a string that UTF-8 can hold. Raises TypeError or ValueError, naming which one is not.
+    name: what the texts are, in messages."""
     if not isinstance(text, str):
-        raise TypeError(f"text {i} is {brief(text)}; each text must be a str")
+        raise TypeError(f"{name} {i} is {brief(text)}; each {name} must be a str")
     if not text.isascii():
-        check_unicode(text, f"text {i}")
+        check_unicode(text, f"{name} {i}")
     return text
 
 
@@ -111,17 +112,20 @@ def brief(value: object) -> str:
 
 @contextmanager
 def keeping(finished: Callable[[], Any], given: object, streams: bool = False) -> Iterator[None]:
-    """What fails in this block has what is `finished` as its attribute of that name, and says how many rows that is.
-    streams: whether there is a `stream` to offer."""
+    """An error raised in this block gets the finished rows as `error.finished`; its message says how many. The end of
+    the message that says so is `error.advice`: the shell leaves it out. streams: whether there is a `stream` to offer.
+    """
     try:
         yield
     except BaseException as error:
-        rows = finished()
-        with suppress(AttributeError, TypeError):
+        with suppress(Exception):  # the rows may not be had (no memory), or the error take no attribute: it goes first
+            rows = finished()
             error.finished = rows  # type: ignore[attr-defined]
-        lazy = not (isinstance(given, Given) and given.checked)
-        ours = type(error) in (TypeError, ValueError, CheckpointError, OptionError) and len(error.args) == 1
-        if ours and (lazy or len(rows)):
-            offer = "; `stream` gives rows as they are ready" if streams else ""
-            error.args = (f"{error} ({len(rows)} rows were finished: this error has them as .finished{offer})",)
+            lazy = not (isinstance(given, Given) and given.checked)
+            ours = type(error) in (TypeError, ValueError, CheckpointError, OptionError) and len(error.args) == 1
+            if ours and (lazy or len(rows)):
+                offer = "; `stream` gives rows as they are ready" if streams else ""
+                advice = f" ({len(rows)} rows were finished: this error has them as .finished{offer})"
+                error.advice = advice  # type: ignore[attr-defined]
+                error.args = (f"{error}{advice}",)
         raise

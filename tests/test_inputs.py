@@ -18,6 +18,7 @@ from modernbert_lite import (
     Reranker,
 )
 from modernbert_lite.batch import pack
+from modernbert_lite.inputs import keeping
 from modernbert_lite.late_interaction import maxsim
 from modernbert_lite.pooling import quantize_embeddings
 
@@ -318,6 +319,15 @@ def test_an_iterable_s_own_error_comes_as_it_is_with_what_was_finished(tiny, mon
     assert caught.value is error
     assert error.args[0] in ("the disk is gone", "stop", "row")
     assert np.abs(error.finished - tiny.encode(TEXTS[:4])).max() <= 1e-5
+
+
+def test_rows_that_can_t_be_had_leave_the_error_as_it_is():
+    def no_rows():
+        raise ValueError("no rows")
+
+    with pytest.raises(MemoryError, match=r"^full$") as caught, keeping(no_rows, iter(TEXTS)):
+        raise MemoryError("full")
+    assert not hasattr(caught.value, "finished")
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

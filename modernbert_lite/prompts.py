@@ -45,8 +45,10 @@ class Prompted:
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt is {type(prompt).__name__} ({shown(prompt)}); it must be a str")
             return prompt
-        name = self.default_prompt_name if name is None else name
-        return "" if name is None else self._prompt_named(name, "prompt_name")
+        if name is not None:
+            return self._prompt_named(name, "prompt_name")
+        default = self.default_prompt_name  # `prompts` may have been set without it since
+        return "" if default is None else self._prompt_named(default, "default_prompt_name")
 
     def _prompt_named(self, name: str, option: str) -> str:
         known = {**dict.fromkeys(self.usual_prompts, ""), **self._prompts}

@@ -324,6 +324,12 @@ def test_prompts_set_after_loading_take_effect_and_are_checked(folder):
     with pytest.raises(ml.OptionError, match=r"default_prompt_name is 'lost'; this model has \['find'\]"):
         model.default_prompt_name = "lost"
     assert (model.prompts, model.default_prompt_name) == ({"find": "Find: "}, "query")
+    model.default_prompt_name = "find"
+    model.prompts = {}
+    with pytest.raises(ml.OptionError, match=r"^default_prompt_name is 'find'; this model has no prompts"):
+        model.encode(text)
+    model.default_prompt_name = None
+    np.testing.assert_allclose(model.encode(text), plain, atol=1e-6)
 
 
 def test_truncate_dim_set_after_loading_takes_effect_and_is_checked(folder):

@@ -16,7 +16,7 @@ from .batch import PackedBatch
 from .heads import GteTokenClassifier, encoder_class, masked_lm_class
 from .inputs import Given, check_text, keeping, length, listed
 from .pipeline import Checkpoint, Pipeline, keyworded, on_host
-from .pooling import PRECISIONS, quantize_embeddings
+from .pooling import PRECISIONS, check_ranges, no_range, quantize_embeddings
 from .prompts import Prompted
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
 from .sparse_config import TASKS, Static
@@ -145,7 +145,13 @@ class Embedder(Prompted, Pipeline):
             prompt = self._resolve_prompt(prompt_name, prompt)
             unit, dim = normalize_embeddings or self.normalizes, self._check_dim(truncate_dim) or self.truncate_dim
             return self._encode_tokens(sentences, prompt, output_value is None, unit, dim, show_progress_bar)
+        width = self._check_dim(truncate_dim) or self.truncate_dim or self.dimension
+        cut_by_range = precision in ("int8", "uint8")
+        if cut_by_range and ranges is not None:
+            ranges = check_ranges(ranges, width)
         texts, single = listed(sentences, "sentences")
+        if cut_by_range and ranges is None and texts.checked and length(texts) == 1:
+            raise no_range(precision)
         stream = self.stream(
             texts,
             prompt_name=prompt_name,
@@ -154,8 +160,9 @@ class Embedder(Prompted, Pipeline):
             truncate_dim=truncate_dim,
             show_progress_bar=show_progress_bar,
         )
-        width = self._check_dim(truncate_dim) or self.truncate_dim or self.dimension
-        vectors = quantize_embeddings(_gather(stream, texts, width), precision, ranges)
+        floats = _gather(stream, texts, width)
+        with keeping(lambda: floats, texts):
+            vectors = quantize_embeddings(floats, precision, ranges)
         return vectors[0] if single else vectors
 
     def encode_query(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray:

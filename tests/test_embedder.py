@@ -335,6 +335,30 @@ def test_an_unknown_precision_is_refused_before_the_work(tiny):
         tiny.encode((pytest.fail("a text was read") for _ in range(1)), precision="int4")
 
 
+@pytest.mark.parametrize("precision", ["int8", "uint8"])
+def test_ranges_and_their_lack_are_refused_before_the_work(tiny, monkeypatch, precision):
+    monkeypatch.setattr(type(tiny), "run", lambda *_: pytest.fail("a text was computed"))
+    unread = (pytest.fail("a text was read") for _ in range(1))
+    with pytest.raises(ml.OptionError, match=r"^ranges has shape \(2, 384\); it must be \(2, 96\)"):
+        tiny.encode(unread, precision=precision, ranges=np.zeros((2, 384)), truncate_dim=96)
+    with pytest.raises(ml.OptionError, match=r"^ranges has a number that is not finite"):
+        tiny.encode(unread, precision=precision, ranges=np.full((2, 384), np.nan))
+    with pytest.raises(ValueError, match=r"^ranges can't be read as numbers"):
+        tiny.encode(unread, precision=precision, ranges="wide")
+    for one in ("one", ["one"], ("one",), np.array(["one"])):
+        with pytest.raises(ml.OptionError, match=f"^one embedding has no range to cut into {precision}"):
+            tiny.encode(one, precision=precision)
+
+
+def test_an_error_of_quantising_has_the_finished_rows_in_float32(tiny, monkeypatch):
+    vectors = np.array([[1.0, 2.0], [3.0, 70_000.0]], np.float32)
+    monkeypatch.setattr(type(tiny), "stream", lambda *_, **__: iter([vectors]))
+    with pytest.raises(ValueError, match=r"^embedding 1 is not finite in float16 \(2 rows were finished") as caught:
+        tiny.encode(["a", "b"], precision="float16", truncate_dim=2)
+    assert caught.value.finished.dtype == np.float32
+    assert np.array_equal(caught.value.finished, vectors)
+
+
 def test_a_single_text_may_be_quantised_by_given_ranges(tiny):
     ranges = np.stack([np.full(384, -0.2), np.full(384, 0.2)])
     vector = tiny.encode("one", precision="int8", ranges=ranges)

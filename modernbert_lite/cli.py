@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,11 +56,16 @@ def _run(argv: list[str] | None) -> int:
         console.silence(sys.stdout)  # `| head` has seen enough
         return 1
     except OptionError as error:
-        return _fail(args, str(error), 2)
+        return _fail(args, _without_advice(error), 2)
     except MemoryError:
         return _fail(args, "out of memory; a smaller --batch-tokens needs less", 1)
     except Exception as error:  # noqa: BLE001  a shell command prints no traceback
-        return _fail(args, str(error) or type(error).__name__, 1)
+        return _fail(args, _without_advice(error) or type(error).__name__, 1)
+
+
+def _without_advice(error: Exception) -> str:
+    """The message without what is only of use in Python, see inputs.keeping."""
+    return str(error).removesuffix(getattr(error, "advice", ""))
 
 
 def _fail(args: argparse.Namespace, message: str, status: int) -> int:
@@ -272,14 +278,46 @@ def _embed(args: argparse.Namespace) -> None:
 
         options = {"prompt": args.prompt, "prompt_name": args.prompt_name, "normalize_embeddings": args.normalize}
         if args.precision in ("int8", "uint8"):  # cut by the range of all vectors, so there is nothing to write before
-            blocks: Iterable[Any] = [model.encode(texts(), precision=args.precision, **options)]
+            blocks: Iterable[Any] = [_cut_by_range(args, model, texts(), options, waiting, writer)]
         else:
-            blocks = (quantize_embeddings(block, args.precision) for block in model.stream(texts(), **options))
+            blocks = (
+                quantize_embeddings(block, args.precision, first=writer.rows)
+                for block in model.stream(texts(), **options)
+            )
         for block in blocks:
             writer.write(waiting[: len(block)], block)
             del waiting[: len(block)]
         if not writer.rows:
             writer.write([], model.encode([], precision=args.precision))
+
+
+def _cut_by_range(
+    args: argparse.Namespace,
+    model: Any,
+    texts: Iterator[str],
+    options: dict[str, Any],
+    waiting: list[dict[str, Any]],
+    writer: Any,
+) -> Any:
+    """All vectors in int8 or uint8. After a failure the range of all is unknown: the finished rows go to NAME.partial
+    in float32. (Not to standard output, whose reader expects whole numbers.)"""
+    from .pooling import quantize_embeddings
+
+    vectors: Any = ()
+    try:
+        vectors = model.encode(texts, **options)
+        if len(vectors) != 1:
+            return quantize_embeddings(vectors, args.precision)
+    except BaseException as error:
+        vectors = getattr(error, "finished", vectors)
+        if args.output is not None and len(vectors):
+            with suppress(Exception):  # a full disk, say: the first error is the one to tell
+                writer.write(waiting[: len(vectors)], vectors)
+                console.say(f"what is finished is kept in float32: {args.precision} needs the range of all vectors")
+        raise
+    raise OptionError(
+        f"--precision {args.precision}: one text has no range to be cut by; give two or more, or another precision"
+    )
 
 
 def _rerank(args: argparse.Namespace) -> None:

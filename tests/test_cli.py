@@ -325,6 +325,56 @@ def test_embed_precision(run, tmp_path, precision, dtype, width):
     assert np.allclose([line["embedding"] for line in lines], vectors.astype(np.float64), rtol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["int8", "uint8"])
+@pytest.mark.parametrize("format", ["npy", "jsonl"])
+def test_a_failure_before_the_range_is_known_keeps_the_rows_in_float32(
+    run, tmp_path, monkeypatch, expected, precision, format
+):
+    monkeypatch.setattr("modernbert_lite.pipeline._WINDOW_TEXTS", 2)
+    out = tmp_path / f"v.{format}"
+    argv = ("embed", *TEXTS[:2], "word " * 600, "--model", "tiny", "--precision", precision, "--on-long", "error")
+    result = run(*argv, "-o", out)
+    assert result.status == 1
+    lines = result.err.splitlines()
+    assert lines[0].endswith(f"what is finished is kept in float32: {precision} needs the range of all vectors")
+    assert lines[1].endswith(f"2 finished rows are in {out}.partial")
+    assert len(lines) == 3
+    assert "text 2 " in lines[2]
+    for advice in (".finished", "`", "rows were finished"):
+        assert advice not in result.err
+    partial = tmp_path / f"v.{format}.partial"
+    if format == "npy":
+        kept = np.load(partial)
+        assert kept.dtype == np.float32
+    else:
+        records = [json.loads(line) for line in partial.read_text("utf-8").splitlines()]
+        assert [record["text"] for record in records] == TEXTS[:2]
+        kept = np.array([record["embedding"] for record in records])
+    assert np.abs(kept - expected[:2]).max() <= 1e-5
+    result = run(*argv)
+    assert (result.status, result.out) == (1, b"")
+
+
+def test_one_text_has_no_range_for_int8(run, tmp_path):
+    result = run("embed", "one", "--model", "tiny", "--precision", "int8", "-o", tmp_path / "v.npy")
+    assert result.status == 2
+    assert_one_line(result.err, "--precision int8: one text has no range to be cut by; give two or more")
+    assert os.listdir(tmp_path) == []
+
+
+def test_float16_that_overflows_names_the_text_of_a_later_block(run, tmp_path, monkeypatch):
+    blocks = [np.zeros((2, 3), np.float32), np.array([[0, 0, 0], [0, 1e5, 0]], np.float32)]
+
+    def stream(self, texts, **_):
+        list(texts)
+        return iter(blocks)
+
+    monkeypatch.setattr(Embedder, "stream", stream)
+    result = run("embed", *"abcd", "--model", "tiny", "--precision", "float16", "-o", tmp_path / "v.npy")
+    assert result.status == 1
+    assert result.err.splitlines()[1].endswith("embedding 3 is not finite in float16")
+
+
 def test_embed_options(run, tmp_path):
     model = Embedder.from_pretrained("tiny")
     out = tmp_path / "v.npy"

@@ -15,7 +15,7 @@ from . import pooling, sparse
 from .batch import PackedBatch
 from .heads import GteTokenClassifier, encoder_class, masked_lm_class
 from .inputs import Given, check_text, keeping, length, listed
-from .pipeline import Checkpoint, Pipeline, keyworded, on_host
+from .pipeline import Checkpoint, Pipeline, keyworded, on_host, windows
 from .pooling import PRECISIONS, check_ranges, no_range, quantize_embeddings
 from .prompts import Prompted
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
@@ -186,9 +186,11 @@ class Embedder(Prompted, Pipeline):
         """
         prompt = self._resolve_prompt(prompt_name, prompt)
         texts, single = listed(sentences, "sentences")
-        whole = [prompt + text for text in texts]
-        spans = [[span or (0, 0) for _, span in tokens] for tokens in self.tokenizer.offsets(whole)]
-        results = [np.maximum(np.array(text, np.int64).reshape(-1, 2) - len(prompt), 0) for text in spans]
+        results: list[np.ndarray] = []
+        for window in windows(prompt + text for text in texts):  # the tokenizer's own results are a lot larger
+            for tokens in self.tokenizer.offsets(window, len(results)):
+                spans = np.array([span or (0, 0) for _, span in tokens], np.int64).reshape(-1, 2)
+                results.append(np.maximum(spans - len(prompt), 0))
         return results[0] if single else results
 
     @keyworded

@@ -1,4 +1,4 @@
-"""What Embedder, Reranker and FillMask share: loading, and texts -> packed batches -> results in the caller's order."""
+"""What all classes share: loading, and texts -> packed batches -> results in the caller's order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .config import Config, GteConfig, read_config
 from .graphs import MAX_TOKENS, Graphed
 from .heads import use
 from .inputs import brief, keeping, length
-from .reading import CheckpointError, OptionError, shown, warn, whole_number
+from .reading import CheckpointError, OptionError, as_whole, shown, warn, whole_number
 from .st_config import SentenceConfig, length_limit, read_sentence_config
 from .threads import bound_tokenizer, set_threads
 from .tokenizer import Text, Tokenizer
@@ -32,7 +32,7 @@ from .weights import find_checkpoint, load_weights, network_folder, stores
 ON_LONG = ("truncate", "error")
 # A window of texts is read, sorted and embedded at a time: this bounds memory, whatever the input's length.
 _WINDOW_TEXTS, _WINDOW_CHARACTERS = 4_096, 1 << 20
-# Of a window, so many are tokenized while the ones before them are embedded.
+# A window is tokenized in pieces of this size: one piece while the network computes the piece before it.
 _PIECE_CHARACTERS = 1 << 16
 # What users of other libraries try.
 _HINTS = {
@@ -42,11 +42,11 @@ _HINTS = {
     "cache_folder": "set HF_HUB_CACHE, or give a folder",
     "max_length": "it is max_seq_length here",
     "document_length": "it is max_seq_length here",
-    "batch_size": "batches are of so many tokens here: batch_tokens",
+    "batch_size": "batch size is counted in tokens here: batch_tokens",
 }
 # The same for what is called after loading.
 _CALL_HINTS = {
-    "batch_size": "batches are of so many tokens here: batch_tokens, of from_pretrained or of the model",
+    "batch_size": "batch size is counted in tokens here: batch_tokens, of from_pretrained or of the model",
     "convert_to_tensor": "results are numpy arrays here: torch.from_numpy makes a tensor of one",
     "convert_to_numpy": "leave it out, results are numpy arrays here",
     "device": "it is an option of from_pretrained here",
@@ -225,8 +225,8 @@ class Pipeline:
         self.batch_tokens = CPU_BATCH_TOKENS if batch_tokens is None else batch_tokens
         config = checkpoint.config
         longest = length_limit(checkpoint.sentence, checkpoint.folder, config.max_position_embeddings)
-        longest = longest if max_seq_length is None else max_seq_length
         self.config = config
+        longest = longest if max_seq_length is None else self._within_positions(max_seq_length)
         own = checkpoint.sentence.settings
         self.tokenizer = Tokenizer(checkpoint.folder, longest, own.lower_case, settings=own.tokenizer)
         self.typed = self.tokenizer.has_types and isinstance(config, GteConfig) and config.type_vocab_size > 1
@@ -254,7 +254,19 @@ class Pipeline:
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        self.tokenizer.max_length = value
+        self.tokenizer.max_length = self._within_positions(value)
+
+    def _within_positions(self, value: int) -> int:
+        """`value`, a max_seq_length. Raises OptionError for one over the length of a table of positions; what is no
+        whole number is left for the tokenizer to refuse."""
+        config, tokens = self.config, as_whole(value)
+        table = isinstance(config, GteConfig) and config.position_embedding_type == "absolute"
+        if table and tokens is not None and tokens > config.max_position_embeddings:
+            raise OptionError(
+                f"max_seq_length is {shown(tokens)}; it must be no more than {config.max_position_embeddings}, "
+                "what the model has positions for"
+            )
+        return value
 
     @property
     def batch_tokens(self) -> int:
@@ -306,7 +318,7 @@ class Pipeline:
         limits = (max_length or self.max_seq_length, batch_tokens or self.batch_tokens)
         seen = truncated = 0
         with closing(_progress(total, show_progress_bar)) as bar:
-            for window in _windows(texts):
+            for window in windows(texts):
                 results: list[Any] = [None] * len(window)
                 with closing(self._batches(window, seen, forward, *limits)) as batches:
                     for group, rows, cut in _one_behind(batches):
@@ -329,7 +341,7 @@ class Pipeline:
         made: Callable[[list[Any]], Any] = list,
         **limits: Any,
     ) -> Any:
-        """What is `made` of all results of `run`. An error carries that of those that were finished, see `keeping`."""
+        """`made(results)` of all texts. If one fails, the error carries `made` of the finished ones."""
         rows: list[Any] = []
         with keeping(lambda: made(rows), texts):
             for block in self.run(texts, forward, show_progress_bar, length(texts), **limits):
@@ -396,8 +408,8 @@ class Pipeline:
 
 
 def on_host(rows: Tensor, values: Tensor | None = None) -> Iterator[Tensor | None]:
-    """Rows (B, ..) as tensors on the host; None for one that is not finite, or whose `values` (B, ..) are not. Waits
-    for the device when it is read."""
+    """Rows (B, ..) as tensors on the host. A row is None if the row, or its `values`, is not finite. values: (B, ..).
+    Waits for the device when it is read."""
     host = rows.cpu()
     checked = host if values is None else values.cpu()
     if math.isfinite(checked.sum()):  # one pass; a sum may overflow where no number does
@@ -477,7 +489,8 @@ def _pieces(window: list[Text]) -> list[list[int]]:
     return pieces
 
 
-def _windows(texts: Iterable[Text]) -> Iterator[list[Text]]:
+def windows(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """The texts in lists, each of a bounded number of texts and, but for its last text, of characters."""
     window: list[Text] = []
     characters = 0
     for text in texts:

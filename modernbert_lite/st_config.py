@@ -1,6 +1,6 @@
 """The files that sentence-transformers writes beside a checkpoint, in their old (3-5) and new (6) forms.
 
-Module classes of sentence-transformers and PyLate are known by the last part of their dotted names; none is imported.
+Module classes are known by namespace (sentence_transformers., pylate.) and class name, and never imported.
 """
 
 from __future__ import annotations

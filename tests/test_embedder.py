@@ -556,7 +556,7 @@ def test_what_is_no_text_is_refused(bad):
     [
         ("trust_remote_code", "leave it out, no code of a repository is ever run"),
         ("torch_dtype", "it is dtype here"),
-        ("batch_size", "batches are of so many tokens here: batch_tokens"),
+        ("batch_size", "batch size is counted in tokens here: batch_tokens"),
     ],
 )
 def test_options_of_other_libraries_are_answered_with_ours(option, hint):

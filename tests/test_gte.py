@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import modernbert_lite as ml
-from modernbert_lite import CheckpointError, cpu
+from modernbert_lite import CheckpointError, OptionError, cpu
 from modernbert_lite.gte import Gte
 from modernbert_lite.heads import ARCHITECTURES, GteMaskedLM, GteSequenceClassifier, GteTokenClassifier
 from modernbert_lite.linear import Linear
@@ -1299,3 +1299,24 @@ def test_what_is_no_batch_is_a_type_error(make, architecture):
     network = ml.load_model(make(architecture)[0])
     with pytest.raises(TypeError, match="the network takes a PackedBatch, not Tensor"):
         network(torch.zeros(3, dtype=torch.int64))
+
+
+def test_max_seq_length_ends_where_the_table_of_positions_ends(make):
+    """As an option and set on the model; without a table it may be larger than what the model was trained on."""
+    folder = vary(make()[0], "absolute")
+    word_piece(folder)
+    sentence_files(folder)
+    message = "max_seq_length is 201; it must be no more than 200, what the model has positions for"
+    with pytest.raises(OptionError, match=message):
+        ml.Embedder.from_pretrained(folder, max_seq_length=201)
+    model = ml.Embedder.from_pretrained(folder, max_seq_length=200)
+    with pytest.raises(OptionError, match=message):
+        model.max_seq_length = 201
+    assert model.max_seq_length == 200
+    for wrong in ("200", 3.5, True):
+        with pytest.raises(OptionError, match="max_seq_length is .* a whole number"):
+            model.max_seq_length = wrong
+    turned = make(name="turned")[0]
+    word_piece(turned)
+    sentence_files(turned)
+    assert ml.Embedder.from_pretrained(turned, max_seq_length=4_000).max_seq_length == 4_000

@@ -435,7 +435,7 @@ def test_ids_may_be_arrays_of_any_make():
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("batch_size", "batches are of so many tokens here"),
+        ("batch_size", "batch size is counted in tokens here"),
         ("convert_to_tensor", "results are numpy arrays here"),
         ("convert_to_numpy", "leave it out, results are numpy arrays"),
         ("device", "it is an option of from_pretrained here"),

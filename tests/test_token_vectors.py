@@ -151,6 +151,19 @@ def test_offsets_are_the_tokenizers_own(make):
     assert model.token_offsets([]) == []
 
 
+def test_offsets_are_made_a_window_at_a_time(make, monkeypatch):
+    """So that memory is bounded: the tokenizer's own results are much larger than the arrays."""
+    from modernbert_lite import pipeline
+
+    model = Embedder.from_pretrained(make())
+    wanted, sizes, offsets = model.token_offsets(TEXTS), [], model.tokenizer.offsets
+    monkeypatch.setattr(model.tokenizer, "offsets", lambda texts, *first: sizes.append(len(texts)) or offsets(texts))
+    monkeypatch.setattr(pipeline, "_WINDOW_TEXTS", 4)
+    got = model.token_offsets(iter(TEXTS))
+    assert [text.tolist() for text in got] == [text.tolist() for text in wanted]
+    assert sizes == [4, 2]
+
+
 @pytest.mark.parametrize(("option", "value"), [("prompt_name", "query"), ("prompt", "a prompt:\n"), ("prompt", "e")])
 def test_offsets_are_of_the_text_without_its_prompt(make, option, value):
     """Every row has its place; the rows of the prompt have none, and the text's cover it."""

@@ -66,6 +66,7 @@ _CALL_HINTS = {
 _STRONGER_MODEL = "Alibaba-NLP/gte-modernbert-base"
 
 P = TypeVar("P", bound="Pipeline")
+T = TypeVar("T", bound=Text)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Args = ParamSpec("Args")
@@ -489,9 +490,9 @@ def _pieces(window: list[Text]) -> list[list[int]]:
     return pieces
 
 
-def windows(texts: Iterable[Text]) -> Iterator[list[Text]]:
+def windows(texts: Iterable[T]) -> Iterator[list[T]]:
     """The texts in lists, each of a bounded number of texts and, but for its last text, of characters."""
-    window: list[Text] = []
+    window: list[T] = []
     characters = 0
     for text in texts:
         window.append(text)

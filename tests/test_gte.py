@@ -1314,7 +1314,7 @@ def test_max_seq_length_ends_where_the_table_of_positions_ends(make):
         model.max_seq_length = 201
     assert model.max_seq_length == 200
     for wrong in ("200", 3.5, True):
-        with pytest.raises(OptionError, match="max_seq_length is .* a whole number"):
+        with pytest.raises(OptionError, match=r"max_seq_length is .* a whole number"):
             model.max_seq_length = wrong
     turned = make(name="turned")[0]
     word_piece(turned)

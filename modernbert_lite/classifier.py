@@ -58,7 +58,8 @@ class Classifier(Pipeline):
         texts: a string, or an iterable of strings and of pairs of strings (tuples or lists); one pair is [(a, b)].
         top_k: how many labels; None: all. function_to_apply: "softmax", "sigmoid" or "none" on the logits; None: the
         model's own. Equal scores stay in the order of their ids. The numbers are those of transformers'
-        pipeline("text-classification", top_k=top_k), but texts over max_seq_length are cut (on_long). Raises
+        pipeline("text-classification", top_k=top_k), but texts over max_seq_length are cut (on_long), and a pair whose
+        second text is empty stays a pair, where the pipeline takes it for a single text. Raises
         OptionError for another function or a top_k below 1, TypeError for an item that is no text and no pair.
         """
         top_k = None if top_k is None else whole_number("top_k", top_k)

@@ -70,12 +70,10 @@ class Embedder(Prompted, Pipeline):
         self.max_active_dims = self.splade.max_active_dims if self.splade else None
         self.static: dict[str, sparse.StaticWeights] = {}  # of a sparse encoder's queries that need no network
         if self.splade:
-            if truncate_dim is not None:
-                raise OptionError(f"truncate_dim is {truncate_dim}; a sparse encoder has max_active_dims instead")
             self.dimension = self.config.vocab_size
             places = {road.folder for road in self.splade.roads if isinstance(road, Static)}
             self.static = {place: sparse.StaticWeights(checkpoint.root, checkpoint.root / place) for place in places}
-        stored = sentence.truncate_dim and min(sentence.truncate_dim, self.dimension)
+        stored = None if self.splade else sentence.truncate_dim and min(sentence.truncate_dim, self.dimension)
         self.truncate_dim = stored if truncate_dim is None else truncate_dim
 
     @property
@@ -86,7 +84,19 @@ class Embedder(Prompted, Pipeline):
 
     @truncate_dim.setter
     def truncate_dim(self, value: int | None) -> None:
+        if value is not None and self.splade is not None:
+            raise OptionError(f"truncate_dim is {shown(value)}; a sparse encoder has max_active_dims instead")
         self._truncate_dim = self._check_dim(value)
+
+    @property
+    def max_active_dims(self) -> int | None:
+        """How many weights `encode_sparse` keeps of a text where a call doesn't say, the largest; None: all. Setting it
+        raises OptionError for anything else than None and whole numbers from 1."""
+        return self._max_active_dims
+
+    @max_active_dims.setter
+    def max_active_dims(self, value: int | None) -> None:
+        self._max_active_dims = sparse.most_active(value, None)
 
     @property
     def similarity_fn_name(self) -> str:
@@ -182,7 +192,7 @@ class Embedder(Prompted, Pipeline):
         array. Special tokens and the prompt's have (0, 0). A token over the border of both has its part of the text.
 
         For late chunking, embed a long text once, and average the rows whose characters lie in each chunk. Prompts and
-        errors are as in `encode`; a cut text has the offsets of what is left.
+        errors are as in `encode`; a text over max_seq_length has the offsets of what is left, whatever on_long says.
         """
         prompt = self._resolve_prompt(prompt_name, prompt)
         texts, single = listed(sentences, "sentences")

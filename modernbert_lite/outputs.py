@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import IO
 
 from .console import held, say
+from .reading import OptionError
 
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _OLD = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _MARK = b"modernbert-lite: "
+_OURS = (".partial", ".partial.lock")
 
 
 class Output:
@@ -32,6 +34,10 @@ class Output:
 
     def __init__(self, path: Path, empty: Callable[[bytes], bool]):
         self.path = path.resolve()  # a link is followed, and stays
+        if self.path.name.endswith(_OURS):
+            raise OptionError(
+                f"{path}: {' and '.join(_OURS)} are the endings of unfinished outputs; choose another name"
+            )
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.finished = False
         self._lock = _Lock(self.path)
@@ -57,6 +63,7 @@ class Output:
             self.partial.unlink()
             number = os.open(self.partial, _NEW, 0o666)
         # Unbuffered, so that what is counted as written is written, and a full disk is met where it can be handled.
+        self._stat = os.fstat(number)
         file = os.fdopen(number, "r+b", buffering=0)
         if self.replaces:  # a private file stays private
             shutil.copymode(self.path, self.partial)
@@ -69,6 +76,10 @@ class Output:
         with held():
             if not self.replaces and os.path.lexists(self.path):
                 raise FileExistsError(f"{self.path} appeared while this run wrote {self.partial}; it is left as it is")
+            if not self._is_there():
+                raise FileNotFoundError(
+                    f"{self.partial} was moved or deleted while this run wrote it; its rows went with it"
+                )
             os.replace(whole, self.path)
             self.finished = True
             self.partial.unlink(missing_ok=True)  # an archive was made of it
@@ -81,11 +92,18 @@ class Output:
             if rows:
                 with suppress(OSError, ValueError):  # ValueError: it is closed already
                     os.fsync(self.file.fileno())
-                say(f"{rows} finished rows are in {self.partial}")
+                if self._is_there():
+                    say(f"{rows} finished rows are in {self.partial}")
             self.file.close()
-            if not rows:
+            if not rows and self._is_there():
                 self.partial.unlink(missing_ok=True)
             self._lock.release()
+
+    def _is_there(self) -> bool:
+        """Whether NAME.partial still is the file that was made here: somebody may have moved it away."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(self._stat, os.stat(self.partial, follow_symlinks=False))
+        return False
 
 
 def sync_folder(folder: Path) -> None:

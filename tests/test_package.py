@@ -285,7 +285,7 @@ def test_the_core_stays_lite():
         "classes": "embedder reranker late_interaction fill_mask classifier token_classifier sparse",
         "shell": "cli console record_files outputs writers",
     }
-    alarms = {"layers": 2_000, "networks": 1_400, "files": 2_300, "feeding": 1_150, "classes": 1_500, "shell": 1_150}
+    alarms = {"layers": 2_000, "networks": 1_400, "files": 2_300, "feeding": 1_150, "classes": 1_520, "shell": 1_150}
     lines = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in CORE}
     assert set(lines) == set(" ".join(rooms.values()).split()) | {"__init__", "__main__"}, "a new module needs a room"
     for room, names in rooms.items():

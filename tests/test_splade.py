@@ -342,6 +342,12 @@ def test_only_the_largest_weights_are_kept(save):
     for bad in (0, -1, True, "3", 2.0):
         with pytest.raises(OptionError, match="max_active_dims"):
             mine.encode_sparse(TEXTS, max_active_dims=bad)
+        with pytest.raises(OptionError, match="max_active_dims"):
+            mine.max_active_dims = bad
+    with pytest.raises(OptionError, match="truncate_dim is 3; a sparse encoder has max_active_dims"):
+        mine.truncate_dim = 3
+    mine.max_active_dims = 1
+    assert [len(weights) for weights in mine.encode_sparse(TEXTS[:2], keys="ids")] == [1, 1]
 
 
 @pytest.mark.parametrize(

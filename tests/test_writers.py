@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from modernbert_lite import outputs
+from modernbert_lite.reading import OptionError
 from modernbert_lite.writers import VectorWriter
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks, links and signals")
@@ -92,6 +93,7 @@ WRITE_FOR_EVER = """
 import sys
 from pathlib import Path
 import numpy as np
+from modernbert_lite.reading import OptionError
 from modernbert_lite.writers import VectorWriter
 with VectorWriter(Path(sys.argv[1]), sys.argv[1].rpartition(".")[2]) as writer:
     first = 0
@@ -164,6 +166,7 @@ RACE = """
 import sys, time
 from pathlib import Path
 import numpy as np
+from modernbert_lite.reading import OptionError
 from modernbert_lite.writers import VectorWriter
 folder, number = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
@@ -382,3 +385,31 @@ def test_an_empty_result_is_a_whole_file(tmp_path):
     with VectorWriter(Path(tmp_path / "v.npy"), "npy") as writer:
         writer.write([], np.empty((0, 7), np.float32))
     assert read(tmp_path / "v.npy").shape == (0, 7)
+
+
+@pytest.mark.parametrize("ending", [".partial", ".partial.lock"])
+def test_the_unfinished_output_of_another_run_is_no_output(tmp_path, ending):
+    rows = np.ones((3, 2), np.float32)
+    with VectorWriter(tmp_path / "v.npy", "npy") as writer:
+        writer.write([], rows)
+        with pytest.raises(OptionError, match="are the endings of unfinished outputs"):
+            VectorWriter(tmp_path / f"v.npy{ending}", "npy")
+    assert np.array_equal(np.load(tmp_path / "v.npy"), rows)
+
+
+@pytest.mark.parametrize("format", ["npy", "npz"])
+def test_a_partial_that_was_taken_away_is_a_failure_that_says_so(tmp_path, format, capsys):
+    path = tmp_path / f"v.{format}"
+    partial = path.with_name(path.name + ".partial")
+
+    def write():
+        with VectorWriter(path, format) as writer:
+            writer.write([], np.ones((3, 2), np.float32))
+            partial.unlink()
+            partial.write_bytes(b"another program's")
+
+    with pytest.raises(FileNotFoundError, match="was moved or deleted while this run wrote it"):
+        write()
+    assert not path.exists()
+    assert partial.read_bytes() == b"another program's"
+    assert "finished rows are in" not in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """The bench of ever-new batch sizes: no size comes twice, what its rows say, and what it fails for."""
 
-from __future__ import mmap
+from __future__ import annotations
 
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 

@@ -25,18 +25,7 @@ from .reading import warn
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _ROWS = 256  # of activations that are multiplied at a time: what lies between stays in the caches
 # The numbers of rows that are multiplied (see _blocks): 4 in each doubling, from 64 on 8.
-_SIZES = (
-    1,
-    2,
-    3,
-    4,
-    6,
-    *range(8, 16, 2),
-    *range(16, 32, 4),
-    *range(32, 64, 8),
-    *range(64, 128, 8),
-    *range(128, 257, 16),
-)
+_SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, *range(64, 128, 8), *range(128, _ROWS + 1, 16))
 _QUERIES, _KEYS = 512, 128  # of `chunked_attention`: a chunk, and what the number of keys is a multiple of
 _TINY = 1e-30  # the scale of a row of zeros
 _READ_ONLY = (
@@ -222,7 +211,7 @@ def _products(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Iterator[
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """x (T, K), at most _ROWS rows at a time: which, and those, followed by rows of zeros to one of few numbers.
+    """x (T, K) in blocks of _ROWS rows: the slice, and its rows. Zeros are added to the last block, up to one of _SIZES.
 
     For every number of rows that oneDNN meets with a weight's shape it builds kernels, 0.5 to 1 ms and half a megabyte
     that it keeps. Ragged texts bring a new number of tokens with nearly every batch."""

@@ -62,8 +62,8 @@ class Output:
                     ) from None
             self.partial.unlink()
             number = os.open(self.partial, _NEW, 0o666)
-        # Unbuffered, so that what is counted as written is written, and a full disk is met where it can be handled.
         self._stat = os.fstat(number)
+        # Unbuffered, so that what is counted as written is written, and a full disk is met where it can be handled.
         file = os.fdopen(number, "r+b", buffering=0)
         if self.replaces:  # a private file stays private
             shutil.copymode(self.path, self.partial)

@@ -211,7 +211,7 @@ def _products(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Iterator[
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """x (T, K) in blocks of _ROWS rows: the slice, and its rows. Zeros are added to the last block, up to one of _SIZES.
+    """x (T, K) in blocks of _ROWS rows: the slice, and its rows. Zeros fill the last block up to one of _SIZES.
 
     For every number of rows that oneDNN meets with a weight's shape it builds kernels, 0.5 to 1 ms and half a megabyte
     that it keeps. Ragged texts bring a new number of tokens with nearly every batch."""

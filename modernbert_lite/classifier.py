@@ -159,7 +159,8 @@ class Classifier(Pipeline):
 
         total = length(items)
         with keeping(results, items):
-            for block in self.run(pairs(), self._forward("none"), show_progress_bar, total and total * len(names)):
+            all_pairs = total and total * len(names)
+            for block in self.run(pairs(), self._forward("none"), show_progress_bar, all_pairs, each=len(names)):
                 rows += block
         return results()[0] if single else results()
 

@@ -26,7 +26,7 @@ from .inputs import brief, keeping, length
 from .reading import CheckpointError, OptionError, as_whole, shown, warn, whole_number
 from .st_config import SentenceConfig, length_limit, read_sentence_config
 from .threads import bound_tokenizer, set_threads
-from .tokenizer import Text, Tokenizer
+from .tokenizer import FirstCut, Text, Tokenizer
 from .weights import find_checkpoint, load_weights, network_folder, stores
 
 ON_LONG = ("truncate", "error")
@@ -307,10 +307,12 @@ class Pipeline:
         *,
         max_length: int | None = None,
         batch_tokens: int | None = None,
+        each: int = 1,
     ) -> Iterator[list[Any]]:
         """Lists of results in the order of the texts, one list a window; `forward` gives one result
         a sequence: a tensor of B rows on any device, or B of anything, None for one that is not finite. max_length,
-        batch_tokens: instead of the model's max_seq_length and batch_tokens.
+        batch_tokens: instead of the model's max_seq_length and batch_tokens. each: how many neighbours come of one text of
+        the user; messages number the text.
 
         Texts longer than max_length are cut and counted in one warning at the end, or before the first one is
         computed where warnings are errors (on_long "truncate"), or are a ValueError ("error"). Raises ValueError for a
@@ -321,18 +323,18 @@ class Pipeline:
         with closing(_progress(total, show_progress_bar)) as bar:
             for window in windows(texts):
                 results: list[Any] = [None] * len(window)
-                with closing(self._batches(window, seen, forward, *limits)) as batches:
+                with closing(self._batches(window, seen, forward, *limits, each)) as batches:
                     for group, rows, cut in _one_behind(batches):
                         for i, row in zip(group, on_host(rows) if isinstance(rows, Tensor) else rows, strict=True):
                             if row is None:
-                                raise self._not_finite(window[i], seen + i)
+                                raise self._not_finite(window[i], (seen + i) // each)
                             results[i] = row
                         bar.update(len(group))
                         truncated += cut
                 seen += len(window)
                 yield results
         if truncated:
-            warn(_were_cut(truncated, seen, limits[0]))
+            warn(_were_cut(truncated, seen, limits[0], each))
 
     def rows(
         self,
@@ -350,19 +352,25 @@ class Pipeline:
         return made(rows)
 
     def _batches(
-        self, window: list[Text], first: int, forward: Callable[[PackedBatch], Any], max_length: int, batch_tokens: int
+        self,
+        window: list[Text],
+        first: int,
+        forward: Callable[[PackedBatch], Any],
+        max_length: int,
+        batch_tokens: int,
+        each: int,
     ) -> Generator[tuple[list[int], Any, int]]:
         """(texts' places in the window, their results, how many more were cut), long texts first. `first`: the number
-        of the window's first text."""
+        of the window's first text. each: as in `run`."""
 
         def encode(piece: list[int]) -> tuple[list[tuple[list[int], list[int]]], int]:
             try:
                 ids, types, cut = self.tokenizer.encode_typed([window[i] for i in piece], 0, max_length)
             except ValueError:
-                self._refuse(window, first, max_length)
+                self._refuse(window, first, max_length, each)
                 raise
             if cut and self.on_long == "error":
-                self._refuse(window, first, max_length)
+                self._refuse(window, first, max_length, each)
             return list(zip(ids, types, strict=True)), cut
 
         pieces = _pieces(window)
@@ -373,7 +381,7 @@ class Pipeline:
                 waiting.update(zip(piece, sequences, strict=True))
                 cut += more
                 if more:  # at the end of the work a warning that is an error would take it all along
-                    warn(_were_cut(cut, first + len(window), max_length), only_as_error=True)
+                    warn(_were_cut(cut, first + len(window), max_length, each), only_as_error=True)
                 places = list(waiting)
                 groups = [
                     [places[i] for i in group]
@@ -389,9 +397,10 @@ class Pipeline:
                     yield group, rows, cut
                     cut = 0
 
-    def _refuse(self, window: list[Text], first: int, max_length: int) -> None:
+    def _refuse(self, window: list[Text], first: int, max_length: int, each: int) -> None:
         """Raises the error of the first text of a window that has one."""
-        for i, text in enumerate(window, first):
+        for place, text in enumerate(window, first):
+            i = place // each
             if self.tokenizer.encode([text], i, max_length)[1] and self.on_long == "error":
                 raise ValueError(
                     f"text {i} is longer than {max_length} tokens, and on_long is 'error'; "
@@ -405,6 +414,7 @@ class Pipeline:
             "float16": "its largest number is 65504: load the model with dtype='float32' or 'bfloat16'",
             "bfloat16": "load the model with dtype='float32'",
         }.get(dtype, "the checkpoint's weights are damaged, or too large to compute with")
+        text = text[0] if isinstance(text, FirstCut) else text
         return ValueError(f"the result of text {i}, {brief(text)}, is not finite in {dtype}; {advice}")
 
 
@@ -469,8 +479,9 @@ def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
     yield from kept
 
 
-def _were_cut(count: int, of: int, max_length: int) -> str:
-    return f"{count} of {of} texts were longer than {max_length} tokens and were cut"
+def _were_cut(count: int, of: int, max_length: int, each: int) -> str:
+    what = "texts" if each == 1 else "pairs of a text and a label"
+    return f"{count} of {of} {what} were longer than {max_length} tokens and were cut"
 
 
 def _characters(text: Text) -> int:

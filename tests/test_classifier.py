@@ -277,9 +277,15 @@ def test_only_the_premise_is_cut(make, tmp_path, side):
     folder = copy(make(id2label=NLI), tmp_path / "short", "tokenizer_config.json", **settings)
     labels = ["cats", "one two three four five six seven eight nine"]
     theirs, model = pipeline("zero-shot-classification", folder), ours(folder)
-    with pytest.warns(UserWarning, match="4 of 6 texts were longer than 24 tokens and were cut"):
+    with pytest.warns(UserWarning, match="4 of 6 pairs of a text and a label were longer than 24 tokens and were cut"):
         got = model.zero_shot(["one two " * 30, "short", "three four " * 12], labels)
     assert_same_zero_shot(got, theirs(["one two " * 30, "short", "three four " * 12], labels))
+
+
+def test_a_text_too_long_for_zero_shot_is_numbered_among_the_texts(make):
+    model = Classifier.from_pretrained(make(id2label=NLI), max_seq_length=24, on_long="error")
+    with pytest.raises(ValueError, match="text 2 is longer than 24 tokens"):
+        model.zero_shot(["short", "a b", "one two " * 30, "c"], ["cats", "dogs", "fish"])
 
 
 @pytest.mark.parametrize(
@@ -430,8 +436,8 @@ def test_a_logit_that_is_not_finite_names_the_text(make, function):
     model.model.classifier.bias.data[1] = torch.inf
     with pytest.raises(ValueError, match=r"the result of text 0, str \('a text'\), is not finite in float32"):
         model.predict(["a text"], function_to_apply=function)
-    with pytest.raises(ValueError, match="the result of text 0"):
-        model.zero_shot("a text", ["x", "y"])
+    with pytest.raises(ValueError, match=r"the result of text 0, str \('a text'\), is not finite"):
+        model.zero_shot(["a text"] * 2, ["x", "y"])
 
 
 @pytest.mark.parametrize("multi_label", [False, True])

@@ -1,5 +1,7 @@
 """The shell commands with standard streams that are closed or full, in other locales, with warnings as errors."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -86,6 +88,24 @@ sys.exit(status if min(opened[3:]) > 2 else 9)
     done = shell(f"'{sys.executable}' '{tmp_path}/program.py' <&- >&- 2>&-")
     assert done.returncode == 0
     assert np.load(tmp_path / "v.npy").shape == (1, 384)
+
+
+def test_streams_of_text_only_are_enough_for_jsonl(monkeypatch):
+    """As a program has them that calls `cli.main` and gathers what it says."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ein Körper\nein Ring\n"))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main(["embed"]) == 0
+    rows = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [row["text"] for row in rows] == ["ein Körper", "ein Ring"]
+    expected = Embedder.from_pretrained("tiny").encode(["ein Körper", "ein Ring"])
+    assert np.array_equal(np.array([row["embedding"] for row in rows], np.float32), expected)
+
+
+def test_a_stream_of_text_only_is_refused_for_binary_output(capsys):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main(["embed", "a", "--format", "npy"]) == 2
+    assert "npy is binary" in capsys.readouterr().err
+    assert out.getvalue() == ""
 
 
 def test_stderr_without_isatty_is_enough(monkeypatch, tmp_path):

@@ -311,8 +311,8 @@ class Pipeline:
     ) -> Iterator[list[Any]]:
         """Lists of results in the order of the texts, one list a window; `forward` gives one result
         a sequence: a tensor of B rows on any device, or B of anything, None for one that is not finite. max_length,
-        batch_tokens: instead of the model's max_seq_length and batch_tokens. each: how many neighbours come of one text of
-        the user; messages number the text.
+        batch_tokens: instead of the model's max_seq_length and batch_tokens. each: how many neighbours come of one of
+        the user's texts. Messages number the user's text.
 
         Texts longer than max_length are cut and counted in one warning at the end, or before the first one is
         computed where warnings are errors (on_long "truncate"), or are a ValueError ("error"). Raises ValueError for a

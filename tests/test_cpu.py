@@ -643,7 +643,7 @@ def test_an_int8_product_that_is_missing_or_wrong_is_made_dense_with_one_warning
 
 @pytest.mark.parametrize(
     ("vendor", "ratio", "pays"),
-    [("AuthenticAMD", 0.5, True), ("GenuineIntel", 1.0, False), ("GenuineIntel", 1.2, True), ("", 2.0, True)],
+    [("AuthenticAMD", 0.5, True), ("GenuineIntel", 1.0, False), ("GenuineIntel", 1.2, False), ("", 2.0, True)],
 )
 def test_fp32_is_packed_on_amd_and_elsewhere_where_it_measures_faster(monkeypatch, unprobed, vendor, ratio, pays):
     monkeypatch.setattr(cpu, "_cpu_vendor", lambda: f"vendor_id\t: {vendor}\n")

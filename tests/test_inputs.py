@@ -208,7 +208,8 @@ def test_pairs_may_be_rows_of_arrays(models):
     objects[:] = pairs
     for given in (np.array(pairs), np.array(pairs, object), objects, [list(p) for p in pairs], list(np.array(pairs))):
         assert np.array_equal(models["reranker"].predict(given), expected)
-    assert models["reranker"].predict(np.array(pairs[0])) == expected[0]
+    # One pair alone: MKL, which multiplies on some CPUs, may round its last bit otherwise than among others.
+    assert models["reranker"].predict(np.array(pairs[0])) == pytest.approx(expected[0], abs=1e-6)
     assert np.array_equal(models["reranker"].predict(zip(*zip(*pairs, strict=True), strict=True)), expected)
 
 

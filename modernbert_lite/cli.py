@@ -226,7 +226,7 @@ def _read(args: argparse.Namespace) -> Iterable[record_files.Record]:
             raise OptionError("no texts: standard input is closed; give them as arguments or by --input FILE")
         if args.input is None and sys.stdin.isatty():
             raise OptionError("no texts: give them as arguments, by --input FILE, or on standard input")
-        return record_files.records(console.stdin_bytes(), args.input_format or "txt", args.field, "standard input")
+        return record_files.records(sys.stdin.buffer, args.input_format or "txt", args.field, "standard input")
     path = Path(args.input)
     if not path.exists() or path.is_dir():
         raise OptionError(f"--input {args.input}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
@@ -254,8 +254,9 @@ def _embed(args: argparse.Namespace) -> None:
         raise OptionError("--field embedding: jsonl output has the vector there; rename the field, or write npy")
     if args.output is None:
         console.check_stdout()
-    binary = format != "jsonl" and args.output is None
-    if binary and (sys.stdout.isatty() or not console.takes_bytes(sys.stdout)):
+    if args.output is None and not hasattr(sys.stdout, "buffer"):
+        raise OptionError("standard output is a stream of text only: give --output")
+    if format != "jsonl" and args.output is None and sys.stdout.isatty():
         raise OptionError(f"{format} is binary: give --output, or send standard output to a file or a program")
     if args.output is not None and not args.output.absolute().parent.is_dir():
         raise OptionError(f"--output {args.output}: there is no such folder")

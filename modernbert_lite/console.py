@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any, TextIO, cast
+from typing import Any, TextIO, cast
 
 from .reading import printable
 
@@ -164,36 +164,6 @@ def quiet_streams() -> Iterator[None]:
     finally:
         sys.stderr.flush()
         sys.stderr = before
-
-
-class _Encoded(io.RawIOBase):
-    """Whole lines of UTF-8 to a stream that takes text only."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def write(self, data: Any) -> int:
-        self._stream.write(bytes(data).decode())
-        return len(data)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
-def stdout_bytes() -> IO[bytes]:
-    """Standard output, for bytes. Where a program has put a stream of text in its place (an io.StringIO), only whole
-    lines of UTF-8 may be written to it: see `takes_bytes`."""
-    return sys.stdout.buffer if takes_bytes(sys.stdout) else cast(IO[bytes], _Encoded(sys.stdout))
-
-
-def stdin_bytes() -> IO[bytes]:
-    """Standard input, as bytes."""
-    return sys.stdin.buffer if takes_bytes(sys.stdin) else io.BytesIO(sys.stdin.read().encode())
-
-
-def takes_bytes(stream: Any) -> bool:
-    """Whether there is a binary stream below one of text."""
-    return getattr(stream, "buffer", None) is not None
 
 
 def check_stdout() -> None:

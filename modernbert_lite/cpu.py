@@ -24,8 +24,8 @@ from .reading import warn
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _ROWS = 256  # of activations that are multiplied at a time: what lies between stays in the caches
-# The numbers of rows that are multiplied (see _blocks): 4 in each doubling, from 64 on 8. Fewer than 4 rows take as long
-# as 4.
+# The numbers of rows that are multiplied (see _blocks): 4 in each doubling, from 64 on 8. Fewer than 4 rows take
+# as long as 4.
 _SIZES = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, *range(64, 128, 8), *range(128, _ROWS + 1, 16))
 _QUERIES, _KEYS = 512, 128  # of `chunked_attention`: a chunk, and what the number of keys is a multiple of
 _TINY = 1e-30  # the scale of a row of zeros

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from .console import held, stdout_bytes
+from .console import held
 from .outputs import Output
 
 FORMATS = ("jsonl", "npy", "npz")
@@ -40,7 +41,7 @@ class VectorWriter:
         if self._output is not None:
             self._file: IO[bytes] = self._output.file
         elif format == "jsonl":
-            self._file = stdout_bytes()
+            self._file = sys.stdout.buffer
         else:  # a header holds the number of rows, known at the end: a pipe can't be written to backwards
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  as long as the writer
 
@@ -99,8 +100,8 @@ class VectorWriter:
         if self.format != "jsonl":
             self._file.seek(0)
             with tempfile.TemporaryFile() as packed:
-                shutil.copyfileobj(self._zip(packed) if self.format == "npz" else self._file, stdout_bytes())
-        stdout_bytes().flush()
+                shutil.copyfileobj(self._zip(packed) if self.format == "npz" else self._file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
 
     def _finish_file(self, output: Output) -> None:
         os.fsync(self._file.fileno())

@@ -90,21 +90,13 @@ sys.exit(status if min(opened[3:]) > 2 else 9)
     assert np.load(tmp_path / "v.npy").shape == (1, 384)
 
 
-def test_streams_of_text_only_are_enough_for_jsonl(monkeypatch):
-    """As a program has them that calls `cli.main` and gathers what it says."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("ein Körper\nein Ring\n"))
+def test_a_stream_of_text_only_is_refused_before_the_work(capsys):
+    """As a program has it that calls `cli.main` and gathers what it says."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert cli.main(["embed"]) == 0
-    rows = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert [row["text"] for row in rows] == ["ein Körper", "ein Ring"]
-    expected = Embedder.from_pretrained("tiny").encode(["ein Körper", "ein Ring"])
-    assert np.array_equal(np.array([row["embedding"] for row in rows], np.float32), expected)
-
-
-def test_a_stream_of_text_only_is_refused_for_binary_output(capsys):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert cli.main(["embed", "a", "--format", "npy"]) == 2
-    assert "npy is binary" in capsys.readouterr().err
+        assert cli.main(["embed", "a"]) == 2
+    error = capsys.readouterr().err
+    assert "standard output is a stream of text only: give --output" in error
+    assert "bundled" not in error
     assert out.getvalue() == ""
 
 

@@ -15,6 +15,9 @@ NUMBERS = [1, 2, 3, 5, 7, 9, 15, 17, 31, 33, 63, 65, 127, 129, 200, 255, 256, 25
 def seen(monkeypatch):
     """The numbers of rows that oneDNN multiplies."""
     rows: set[int] = set()
+    for dtype in (torch.float32, torch.bfloat16):  # probes multiply, too: before anything is counted
+        cpu.works(dtype)
+    cpu.int8_works()
     multiply, multiply_int8 = cpu._multiply, cpu._int8_product
 
     def counted(x, *args):

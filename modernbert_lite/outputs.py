@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import stat
@@ -162,12 +163,15 @@ class _Lock:
         raise ValueError(f"{self._output} is being written by {self._holder()}; {hint}") from None
 
     def _holder(self) -> str:
-        for _ in range(20):  # it signs just after it has the lock
+        for _ in range(20):  # it signs just after it has the lock; until then, a dead holder's name may stand there
             os.lseek(self._number, 0, os.SEEK_SET)
-            if signed := os.read(self._number, 300):
-                return signed.removeprefix(_MARK).decode(errors="replace").strip()
+            signed = os.read(self._number, 300).removeprefix(_MARK)
+            found = re.match(rb"process (\d+) on (\S+) since ", signed)
+            with suppress(OSError, OverflowError, AttributeError):  # it is dead; Windows doesn't tell
+                if found and found[2] == socket.gethostname().encode() and os.getpgid(int(found[1])):
+                    break
             time.sleep(0.02)
-        return "another process"
+        return signed.decode(errors="replace").strip() or "another process"
 
     def _sign(self) -> None:
         signed = os.read(self._number, 300) if stat.S_ISREG(os.fstat(self._number).st_mode) else b"?"

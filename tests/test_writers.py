@@ -5,9 +5,11 @@ import os
 import random
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -207,6 +209,25 @@ def test_of_many_processes_exactly_one_gets_the_output(tmp_path, stale):
             assert re.search(who, error), error
             assert "delete" not in error
     assert sorted(os.listdir(tmp_path)) == ["end", "go", "v.npy"]
+
+
+@POSIX
+def test_a_holder_that_has_not_signed_yet_is_not_taken_for_the_dead_one_before_it(tmp_path):
+    import fcntl
+
+    lock = tmp_path / "v.npy.partial.lock"
+    lock.write_text("modernbert-lite: process 1 on nowhere since 2000\n")
+    here = f"modernbert-lite: process {os.getpid()} on {socket.gethostname()} since 2026-01-01 00:00:00\n"
+    with lock.open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        signs = threading.Timer(0.1, lock.write_text, [here])
+        signs.start()
+        with pytest.raises(ValueError, match=rf"by process {os.getpid()} on \S+ since 2026"):
+            write(tmp_path / "v.npy")
+        signs.join()
+        lock.write_text("modernbert-lite: process 7 on another-host since 2026\n")  # a folder of many machines
+        with pytest.raises(ValueError, match="by process 7 on another-host since 2026; wait"):
+            write(tmp_path / "v.npy")
 
 
 @POSIX

@@ -390,6 +390,7 @@ sys.exit(bench.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_smoke_run_against_transformers_without_a_peer(tmp_path):
     from bench.runner import read_csv
 

@@ -258,6 +258,7 @@ def read(path: Path) -> list[dict[str, str]]:
     return read_csv(path)
 
 
+@pytest.mark.slow
 def test_the_smoke_run_writes_everything(tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "--smoke", "--skip-tests", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -48,6 +48,7 @@ def stopped_clock(monkeypatch, bench):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.slow
 def test_smoke(bench, op, capsys, tmp_path):
     """Every provider that runs here keeps parity; nothing is timed, nothing written."""
     assert bench(op).main(["--smoke", "--out", str(tmp_path)]) == 0
@@ -59,6 +60,7 @@ def test_smoke(bench, op, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("op", ["rope", "geglu", "layer_norm", "attention"])
+@pytest.mark.slow
 def test_smoke_of_the_launch_parameters(bench, op, capsys):
     assert bench(op).main(["--smoke", "--tune", "--dtype", "float32", "--cases", "base"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 6
@@ -102,6 +104,7 @@ def test_rows_and_csv(bench, stopped_clock, op, tmp_path, capsys):
     assert "not measured" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_best_launch_parameters_are_printed(bench, stopped_clock, tmp_path, capsys):
     where = ["--tune", "--out", str(tmp_path), "--tokens", "9", "--dtype", "float32", "--cases", "small backward"]
     assert bench("geglu").main(where) == 0

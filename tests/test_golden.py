@@ -260,7 +260,7 @@ def test_the_checks_pass_transformers_numbers_and_no_others(make_checkpoint, tmp
         folder, reference = gte_checkpoint(tmp_path / "gte", architecture, labels)
     else:
         folder, reference = make_checkpoint(
-            architecture, **labels, **({"classifier_pooling": "mean"} if labels else {})
+            architecture, whole_tokenizer=True, **labels, **({"classifier_pooling": "mean"} if labels else {})
         )
     if any("cosine" in entry["kind"] for entry in entries_of(model)):
         kinds = {"Transformer": "", "Pooling": "1_Pooling"}

@@ -344,6 +344,7 @@ def test_asking_for_triton_without_a_gpu_is_answered_once(monkeypatch):
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_exporting_first_decides_nothing_for_later(make_checkpoint, tmp_path):
     """What a probe finds under a tracer's tensors without values would stay for good."""
     folder, _ = make_checkpoint(num_hidden_layers=1)

@@ -24,6 +24,8 @@ triton = pytest.importorskip("triton") if __name__ != "__main__" else __import__
 
 from modernbert_lite.kernels import attention, geglu, layer_norm, pooling, rope  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 MODULES = (attention, geglu, layer_norm, pooling, rope)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # What one program may have of shared memory (CUDA programming guide, "technical specifications per compute capability";

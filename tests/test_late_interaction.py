@@ -76,8 +76,8 @@ def write_modules(folder, *modules):
 def pylate(make_checkpoint):
     """make(**changes of config_sentence_transformers.json) -> a folder in PyLate's form; None leaves a key out."""
 
-    def make(prefixes=("[Q] ", "[D] "), normalized=True, dense=True, **changes):
-        folder, _ = make_checkpoint(vocab_size=50370, num_hidden_layers=4)
+    def make(prefixes=("[Q] ", "[D] "), normalized=True, dense=True, whole_tokenizer=False, **changes):
+        folder, _ = make_checkpoint(vocab_size=50370, num_hidden_layers=4, whole_tokenizer=whole_tokenizer)
         add_tokens(folder, *prefixes, normalized=normalized)
         if dense:
             add_dense(folder, "1_Dense", 24, 96)
@@ -210,7 +210,7 @@ def test_a_prefix_that_the_tokenizer_would_take_apart_stays_one_token(pylate, pr
 
 
 def test_a_stored_prefix_meets_a_normalizer(pylate):
-    folder = pylate()
+    folder = pylate(whole_tokenizer=True)
     path = folder / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "normalizer": {"type": "Lowercase"}}))
     ours, _, _ = assert_equal_to_reference(folder)
@@ -425,7 +425,7 @@ def test_modules_that_it_does_not_know_are_refused_by_name(pylate):
 
 
 def test_padding_outside_the_vocabulary_is_refused(make_checkpoint):
-    folder, _ = make_checkpoint(vocab_size=50284)  # [MASK] is 50284
+    folder, _ = make_checkpoint(vocab_size=50284, whole_tokenizer=True)  # [MASK] is 50284
     config = {key: value for key, value in PYLATE.items() if not key.endswith("prefix")}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
     model = LateInteraction.from_pretrained(folder, device="cpu")

@@ -81,11 +81,13 @@ def growth(program: str, *arguments: object) -> int:
     return many - few
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_texts_take_no_more_than_their_vectors(model, texts):
     grown = growth(ENCODE, model, texts(FEW), texts(MANY))
     assert grown <= VECTORS, f"grew by {grown / VECTORS:.2f} of the vectors"
 
 
+@pytest.mark.slow
 def test_the_shell_writes_vectors_as_they_come(model, texts):
     grown = growth(SHELL, model, texts(FEW), texts(MANY))
     assert Path(f"{texts(MANY)}.npy").stat().st_size == 128 + VECTORS

@@ -77,8 +77,18 @@ def make_embedder(make_checkpoint):
 
     pooling: of 1_Pooling/config.json. dense: settings of Dense modules after it."""
 
-    def make(*, pooling=None, dense=(), normalize=False, max_seq_length=128, prompts=None, name="checkpoint", **texts):
-        folder, _ = make_checkpoint(name=name)
+    def make(
+        *,
+        pooling=None,
+        dense=(),
+        normalize=False,
+        max_seq_length=128,
+        prompts=None,
+        whole_tokenizer=False,
+        name="checkpoint",
+        **texts,
+    ):
+        folder, _ = make_checkpoint(name=name, whole_tokenizer=whole_tokenizer)
         types = ["Transformer", "Pooling", *("Dense" for _ in dense), *(["Normalize"] if normalize else [])]
         paths = ["", *(f"{i}_{kind}" for i, kind in enumerate(types) if i)]
         modules = [
@@ -259,6 +269,7 @@ def test_a_prompt_that_is_not_pooled_equals_sentence_transformers(make_embedder,
     folder = make_embedder(
         pooling={"pooling_mode": mode, "include_prompt": False},
         prompts={"topic": "Represent the topic of this note: ", "plain": ""},
+        whole_tokenizer=True,
     )
     ours, theirs = embedder(folder), sentence_transformer(folder)
     for options in ({"prompt_name": "topic"}, {"prompt": "Find: "}, {"prompt_name": "plain"}, {}):

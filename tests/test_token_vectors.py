@@ -16,7 +16,7 @@ def make(make_checkpoint, sentence_files):
     """make(keys of the sentence files..) -> a folder with prompts."""
 
     def make(**options):
-        folder, _ = make_checkpoint(**SMALL)
+        folder, _ = make_checkpoint(whole_tokenizer=True, **SMALL)
         return sentence_files(folder, prompts=PROMPTS, **options)
 
     return make

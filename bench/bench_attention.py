@@ -74,8 +74,8 @@ class Bench:
     """One batch of lengths, one shape, one dtype."""
 
     def __init__(self, name: str, shape: Shape, lengths: list[int], dtype: torch.dtype, options: Options) -> None:
-        from modernbert_lite import ops  # not before TRITON_INTERPRET is decided
         from modernbert_lite.kernels import attention, rope
+        from modernbert_lite.ops import reference as ops  # not before TRITON_INTERPRET is decided
 
         self.ops, self.kernel, self.rope = ops, attention, rope
         self.name, self.shape, self.lengths, self.dtype, self.options = name, shape, lengths, dtype, options

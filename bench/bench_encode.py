@@ -42,8 +42,8 @@ def setup(seed: int = 0) -> tuple[torch.nn.Module, torch.nn.Module]:
     """(ours, transformers' with sdpa): the base shape, one set of random weights."""
     from transformers import ModernBertConfig, ModernBertModel
 
-    from modernbert_lite.linear import Linear
-    from modernbert_lite.model import ModernBert
+    from modernbert_lite.models.modernbert import ModernBert
+    from modernbert_lite.ops.linear import Linear
 
     torch.manual_seed(seed)
     reference = ModernBertModel(ModernBertConfig(attn_implementation="sdpa")).eval()

@@ -121,7 +121,7 @@ class Models:
     def __init__(self, shape: str, dtype: torch.dtype, device: torch.device):
         from transformers import ModernBertConfig, ModernBertModel
 
-        from modernbert_lite.model import ModernBert
+        from modernbert_lite.models.modernbert import ModernBert
 
         torch.manual_seed(0)
         with torch.device(device):  # drawing 395 M random numbers on the host takes half a minute
@@ -225,7 +225,7 @@ def providers(models: Models, texts: list[Tensor], compiled: bool) -> dict[str, 
         return lambda: hidden_states(model(), rows)
 
     def graphed() -> Callable[..., Tensor]:
-        from modernbert_lite.graphs import Graphed
+        from modernbert_lite.ops.graphs import Graphed
 
         network = Graphed(models.ours)
         for _ in range(2):  # a shape is captured when it comes for the second time

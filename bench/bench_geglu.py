@@ -34,8 +34,8 @@ def liger(function: Any, activated: Tensor, gate: Tensor, act: str) -> Tensor:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    from modernbert_lite import ops  # not before TRITON_INTERPRET is decided
     from modernbert_lite.kernels import geglu as kernel
+    from modernbert_lite.ops import reference as ops  # not before TRITON_INTERPRET is decided
 
     layouts = {
         name: (shape, "gelu", name == "gte") for name, shape in options.shapes("base", "large", "small", "gte").items()

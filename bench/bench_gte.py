@@ -68,7 +68,7 @@ class Models:
     """A shape's networks with random weights, in fp32 until `convert`."""
 
     def __init__(self, shape: str, device: torch.device):
-        from modernbert_lite.heads import network_class
+        from modernbert_lite.models.heads import network_class
 
         self.configs, self.device = configs(shape), device
         torch.manual_seed(0)
@@ -81,7 +81,7 @@ class Models:
 
     def convert(self, dtype: torch.dtype) -> None:
         """As load_model leaves them: in the dtype, linear layers packed where that is faster."""
-        from modernbert_lite.linear import Linear
+        from modernbert_lite.ops.linear import Linear
 
         for model in (*self.ours.values(), *([self.theirs] if self.theirs else [])):
             for parameter in model.parameters():  # not .to(dtype): that would also round transformers' frequencies
@@ -115,7 +115,7 @@ def transformers_gte(ours: nn.Module, shape: dict[str, Any], device: torch.devic
         from transformers import GteConfig, GteModel
     except ImportError:
         return None
-    from modernbert_lite import names
+    from modernbert_lite.checkpoint import names
 
     # Its class says NTK as a larger theta, and positions divided.
     theta, factor = NTK * shape["rope_theta"], NTK ** (2 / ours.config.head_dim)

@@ -40,8 +40,8 @@ def cases(options: Options) -> Iterator[Case]:
 
 def _case(name: str, lengths: list[int], C: int, dtype: torch.dtype, mode: str, whole: bool, options: Options) -> Case:
     """whole: the norm before it and unit length after it, too."""
-    from modernbert_lite import pooling  # not before TRITON_INTERPRET is decided
     from modernbert_lite.kernels import pooling as kernel
+    from modernbert_lite.ops import pooling  # not before TRITON_INTERPRET is decided
 
     T, batch = sum(lengths), packed(lengths, options.device)
 

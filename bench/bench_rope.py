@@ -75,8 +75,8 @@ def truth_backward(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) 
 
 
 def cases(options: Options) -> Iterator[Case]:
-    from modernbert_lite import ops  # not before TRITON_INTERPRET is decided
     from modernbert_lite.kernels import rope as kernel
+    from modernbert_lite.ops import reference as ops  # not before TRITON_INTERPRET is decided
 
     back = functools.partial(kernel.rope_, inverse=True)
     for dtype in options.torch_dtypes():

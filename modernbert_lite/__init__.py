@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batch import PackedBatch, from_padded, pack, to_padded, unpack
+    from .checkpoint.weights import load_model
     from .classifier import Classifier
-    from .config import GteConfig, ModernBertConfig, read_config
     from .embedder import Embedder
     from .fill_mask import FillMask
-    from .graphs import Graphed
     from .late_interaction import LateInteraction
-    from .pooling import quantize_embeddings
+    from .models.fields import GteConfig, ModernBertConfig, read_config
+    from .ops.graphs import Graphed
+    from .ops.pooling import quantize_embeddings
     from .reading import CheckpointError, OptionError
     from .reranker import Reranker
     from .token_classifier import TokenClassifier
-    from .weights import load_model
 
 __version__ = "0.1.0"
 
@@ -26,19 +26,19 @@ _HOME = {
     "Classifier": "classifier",
     "Embedder": "embedder",
     "FillMask": "fill_mask",
-    "GteConfig": "config",
-    "Graphed": "graphs",
+    "GteConfig": "models.fields",
+    "Graphed": "ops.graphs",
     "LateInteraction": "late_interaction",
-    "ModernBertConfig": "config",
+    "ModernBertConfig": "models.fields",
     "OptionError": "reading",
     "PackedBatch": "batch",
     "Reranker": "reranker",
     "TokenClassifier": "token_classifier",
     "from_padded": "batch",
-    "load_model": "weights",
+    "load_model": "checkpoint.weights",
     "pack": "batch",
-    "quantize_embeddings": "pooling",
-    "read_config": "config",
+    "quantize_embeddings": "ops.pooling",
+    "read_config": "models.fields",
     "to_padded": "batch",
     "unpack": "batch",
 }

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .batch import PackedBatch
-from .heads import network_class
-from .inputs import check_text, check_text_or_pair, keeping, length, listed
-from .pipeline import Checkpoint, Pipeline, keyworded, on_host
+from .models.heads import network_class
+from .pipeline.base import Checkpoint, Pipeline, keyworded, on_host
+from .pipeline.inputs import check_text, check_text_or_pair, keeping, length, listed
+from .pipeline.tokenizer import FirstCut, Text
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
-from .tokenizer import FirstCut, Text
 
 Scores = list[dict[str, Any]]
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

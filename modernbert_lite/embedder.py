@@ -11,18 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import pooling, sparse
 from .batch import PackedBatch
-from .heads import GteTokenClassifier, encoder_class, masked_lm_class
-from .inputs import Given, check_text, keeping, length, listed
-from .pipeline import Checkpoint, Pipeline, keyworded, on_host, windows
-from .pooling import PRECISIONS, check_ranges, no_range, quantize_embeddings
-from .prompts import Prompted
+from .checkpoint.sentence import SIMILARITIES, USUAL_PROMPTS, Pooling, finish, on_vectors, similarity_name
+from .checkpoint.sparse import TASKS, Static
+from .checkpoint.weights import BUNDLED
+from .models.heads import GteTokenClassifier, encoder_class, masked_lm_class
+from .ops import pooling
+from .ops.pooling import PRECISIONS, check_ranges, no_range, quantize_embeddings
+from .pipeline import sparse
+from .pipeline.base import Checkpoint, Pipeline, keyworded, on_host, windows
+from .pipeline.inputs import Given, check_text, keeping, length, listed
+from .pipeline.prompts import Prompted
+from .pipeline.tokenizer import Text
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
-from .sparse_config import TASKS, Static
-from .st_config import SIMILARITIES, USUAL_PROMPTS, Pooling, finish, on_vectors, similarity_name
-from .tokenizer import Text
-from .weights import BUNDLED
 
 _OUTPUTS = ("sentence_embedding", "token_embeddings", None)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .batch import PackedBatch
-from .heads import network_class
-from .inputs import check_text, keeping, length, listed
-from .pipeline import Checkpoint, Pipeline, keyworded
+from .models.heads import network_class
+from .pipeline.base import Checkpoint, Pipeline, keyworded
+from .pipeline.inputs import check_text, keeping, length, listed
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
 
 Prediction = dict[str, Any]

@@ -13,13 +13,13 @@ import numpy as np
 from torch import Tensor
 
 from .batch import PackedBatch, pack
-from .heads import encoder_class
-from .inputs import check_text, listed
-from .pipeline import Checkpoint, Pipeline, keyworded
-from .pooling import floats
-from .prompts import Prompted
+from .checkpoint.sentence import LATE_SIMILARITIES, USUAL_PROMPTS, finish, length_limit, on_vectors, similarity_name
+from .models.heads import encoder_class
+from .ops.pooling import floats
+from .pipeline.base import Checkpoint, Pipeline, keyworded
+from .pipeline.inputs import check_text, listed
+from .pipeline.prompts import Prompted
 from .reading import CheckpointError, OptionError, whole_number
-from .st_config import LATE_SIMILARITIES, USUAL_PROMPTS, finish, length_limit, on_vectors, similarity_name
 
 # Of maxsim: the tokens of documents, and the dot products, that are in memory at a time, if one pair needs no more.
 _DOCUMENT_TOKENS, _PRODUCTS = 1 << 13, 1 << 23

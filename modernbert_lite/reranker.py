@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import pooling
 from .batch import PackedBatch
-from .heads import encoder_class, network_class
-from .inputs import Pair, brief, check_pair, check_text_or_pair, listed
-from .pipeline import Checkpoint, Pipeline, keyworded, on_host
-from .prompts import Prompted
+from .checkpoint.sentence import Pooling, SentenceConfig, finish, on_vectors, score_activation
+from .models.heads import encoder_class, network_class
+from .ops import pooling
+from .pipeline.base import Checkpoint, Pipeline, keyworded, on_host
+from .pipeline.inputs import Pair, brief, check_pair, check_text_or_pair, listed
+from .pipeline.prompts import Prompted
+from .pipeline.tokenizer import Text
 from .reading import OptionError, whole_number
-from .st_config import Pooling, SentenceConfig, finish, on_vectors, score_activation
-from .tokenizer import Text
 
 
 class Reranker(Prompted, Pipeline):

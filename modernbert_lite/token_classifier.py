@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from .batch import PackedBatch
-from .heads import network_class
-from .inputs import keeping, length, listed
-from .pipeline import Checkpoint, Pipeline, keyworded
+from .models.heads import network_class
+from .pipeline.base import Checkpoint, Pipeline, keyworded
+from .pipeline.inputs import keeping, length, listed
+from .pipeline.tokenizer import Span
 from .reading import OptionError, shown
-from .tokenizer import Span
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
 Entity = dict[str, Any]

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 
 import modernbert_lite as ml
 from modernbert_lite import CheckpointError
-from modernbert_lite.config import read_config
+from modernbert_lite.checkpoint.sentence import read_sentence_config
+from modernbert_lite.checkpoint.weights import load_weights, open_safetensors, read_modules, weight_files
 from modernbert_lite.embedder import Embedder
 from modernbert_lite.fill_mask import FillMask
-from modernbert_lite.model import ModernBert
+from modernbert_lite.models.fields import read_config
+from modernbert_lite.models.modernbert import ModernBert
+from modernbert_lite.pipeline.tokenizer import Tokenizer
 from modernbert_lite.reading import inside, read_json
-from modernbert_lite.st_config import read_sentence_config
-from modernbert_lite.tokenizer import Tokenizer
-from modernbert_lite.weights import load_weights, open_safetensors, read_modules, weight_files
 
 PACKAGE = Path(ml.__file__).parent
 ST = "sentence_transformers.models."

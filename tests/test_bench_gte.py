@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import modernbert_lite as ml
-from modernbert_lite import ops
-from modernbert_lite.config import Rope
-from modernbert_lite.linear import Linear
+from modernbert_lite.models.fields import Rope
+from modernbert_lite.ops import reference as ops
+from modernbert_lite.ops.linear import Linear
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ["--smoke", "--cases", "8x128"]

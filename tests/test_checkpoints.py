@@ -25,7 +25,7 @@ from tokenizers import models as tokenizer_models
 from torch.nn import functional as F
 
 import modernbert_lite as ml
-from modernbert_lite.heads import network_class
+from modernbert_lite.models.heads import network_class
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -639,7 +639,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_decoders_and_unknown_types_are_refused_by_name(small, tmp_path, capsys, model_type):
-    from modernbert_lite.cli import main
+    from modernbert_lite.cli.commands import main
 
     folder, _, raw = small(ENTRIES[2])
     raw = {key: value for key, value in raw.items() if key != "model_type"}
@@ -660,7 +660,7 @@ def test_decoders_and_unknown_types_are_refused_by_name(small, tmp_path, capsys,
 
 @every_entry
 def test_info_names_what_a_checkpoint_loads_with(small, entry):
-    from modernbert_lite.describe import describe
+    from modernbert_lite.cli.about import describe
 
     folder, _, raw = small(entry)
     facts = describe(str(folder))

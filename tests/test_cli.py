@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import modernbert_lite
-from modernbert_lite import Embedder, cli
+from modernbert_lite import Embedder
+from modernbert_lite.cli import commands as cli
 
 TEXTS = ["A man plays the guitar.", "Stocks fell on Monday.", "Someone plays an instrument: naïve Ж猫."]
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals, pipes and limits")
@@ -330,7 +331,7 @@ def test_embed_precision(run, tmp_path, precision, dtype, width):
 def test_a_failure_before_the_range_is_known_keeps_the_rows_in_float32(
     run, tmp_path, monkeypatch, expected, precision, format
 ):
-    monkeypatch.setattr("modernbert_lite.pipeline._WINDOW_TEXTS", 2)
+    monkeypatch.setattr("modernbert_lite.pipeline.base._WINDOW_TEXTS", 2)
     out = tmp_path / f"v.{format}"
     argv = ("embed", *TEXTS[:2], "word " * 600, "--model", "tiny", "--precision", precision, "--on-long", "error")
     result = run(*argv, "-o", out)
@@ -489,7 +490,7 @@ def readable_rows(path: Path, format: str) -> np.ndarray:
 @pytest.fixture
 def small_windows(monkeypatch):
     """4 texts are read, embedded and written at a time."""
-    monkeypatch.setattr("modernbert_lite.pipeline._WINDOW_TEXTS", 4)
+    monkeypatch.setattr("modernbert_lite.pipeline.base._WINDOW_TEXTS", 4)
 
 
 @pytest.mark.parametrize("format", ["jsonl", "npy", "npz"])
@@ -526,7 +527,7 @@ def test_a_disk_that_fills_up_while_the_npz_is_made_loses_nothing(run, tmp_path,
 
 @pytest.mark.parametrize("format", ["jsonl", "npy"])
 def test_an_interruption_inside_a_block_leaves_no_torn_row(run, tmp_path, monkeypatch, small_windows, format):
-    from modernbert_lite import writers
+    from modernbert_lite.cli import writers
 
     written = 0
     line, rows = writers._json_line, np.ascontiguousarray
@@ -650,7 +651,7 @@ def test_ctrl_c_while_the_model_loads_is_one_line(run, monkeypatch, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modernbert_lite.pipeline.load_weights", interrupted)
+    monkeypatch.setattr("modernbert_lite.pipeline.base.load_weights", interrupted)
     result = run("embed", "one", "--model", "tiny", "-o", tmp_path / "v.npy")
     assert result.status == 130
     assert_one_line(result.err, "interrupted")

@@ -8,7 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from modernbert_lite import Embedder, cli, record_files
+from modernbert_lite import Embedder
+from modernbert_lite.cli import commands as cli
+from modernbert_lite.cli import inputs as record_files
 from modernbert_lite.reading import OptionError
 
 
@@ -285,7 +287,7 @@ def test_a_number_out_of_range_is_one_line(run, option, value):
 
 
 def test_scores_that_are_not_finite_are_no_json(monkeypatch, capsys):
-    monkeypatch.setattr("modernbert_lite.describe.describe", lambda *_, **__: {"theta": float("inf")})
+    monkeypatch.setattr("modernbert_lite.cli.about.describe", lambda *_, **__: {"theta": float("inf")})
     assert cli.main(["info", "--json"]) == 1
     out, err = capsys.readouterr()
     assert out == ""

@@ -9,8 +9,10 @@ import threading
 import numpy as np
 import pytest
 
-from modernbert_lite import Embedder, cli, console
-from modernbert_lite.writers import VectorWriter
+from modernbert_lite import Embedder
+from modernbert_lite.cli import commands as cli
+from modernbert_lite.cli import console
+from modernbert_lite.cli.writers import VectorWriter
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
@@ -24,7 +26,8 @@ def command(work, before="", *argv):
     """A real process of a command that does `work`; it prints a line when it is there."""
     program = f"""
 import signal, sys, time
-from modernbert_lite import cli, console
+from modernbert_lite.cli import commands as cli
+from modernbert_lite.cli import console
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in a shell's background
 {before}
 def work(args):
@@ -201,7 +204,7 @@ def test_a_second_signal_while_rows_are_kept_loses_none(tmp_path, model, monkeyp
         say(message)
 
     monkeypatch.setattr(VectorWriter, "write", killed)
-    monkeypatch.setattr("modernbert_lite.outputs.say", said)
+    monkeypatch.setattr("modernbert_lite.cli.outputs.say", said)
     assert embed(tmp_path / "v.npy") == 143
     assert np.load(tmp_path / "v.npy.partial").shape == (8, 3)
     assert os.listdir(tmp_path) == ["v.npy.partial"]

@@ -10,7 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from modernbert_lite import Embedder, cli, console
+from modernbert_lite import Embedder
+from modernbert_lite.cli import commands as cli
+from modernbert_lite.cli import console
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX shells and devices")
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -78,7 +80,7 @@ def test_no_stream_at_all(tmp_path):
     """The output file would be number 0, 1 or 2, and lie under what libraries print there."""
     program = f"""
 import os, sys
-from modernbert_lite import cli
+from modernbert_lite.cli import commands as cli
 opened = []
 os.open, original = (lambda *args, **options: opened.append(original(*args, **options)) or opened[-1]), os.open
 status = cli.main(["embed", "one", "--output", {str(tmp_path / "v.npy")!r}])
@@ -181,7 +183,7 @@ def test_a_warning_is_one_bounded_printable_line(capsys):
 
 def test_the_table_of_info_is_bounded_and_printable(monkeypatch, capsys):
     facts = {"prompts": {"query": "p" * 100_000}, "labels": ["\x1b[31m\n"] * 3}
-    monkeypatch.setattr("modernbert_lite.describe.describe", lambda *_, **__: facts)
+    monkeypatch.setattr("modernbert_lite.cli.about.describe", lambda *_, **__: facts)
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3

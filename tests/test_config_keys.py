@@ -9,11 +9,12 @@ import torch
 import transformers
 
 import modernbert_lite as ml
-from modernbert_lite import CheckpointError, GteConfig, ModernBertConfig, ops
-from modernbert_lite.config import FULL, SLIDING
-from modernbert_lite.describe import describe
-from modernbert_lite.rope_config import Rope
-from modernbert_lite.rotary import inverse_frequencies, rope_table
+from modernbert_lite import CheckpointError, GteConfig, ModernBertConfig
+from modernbert_lite.cli.about import describe
+from modernbert_lite.models.fields import FULL, SLIDING
+from modernbert_lite.models.rope import Rope
+from modernbert_lite.ops import reference as ops
+from modernbert_lite.ops.rope import inverse_frequencies, rope_table
 
 FACTORS = [1.0 + 0.25 * i for i in range(8)]  # of head size 16: a frequency each
 # Every type of transformers 5, and values that make each of its keys count.
@@ -498,7 +499,7 @@ def test_an_unknown_architecture_is_refused_by_load_model_and_opened_as_an_encod
 def test_every_activation_of_transformers_is_known_or_has_weights():
     from transformers.activations import ACT2CLS
 
-    from modernbert_lite.config import _SAME_ACTIVATIONS, ACTIVATIONS
+    from modernbert_lite.models.fields import _SAME_ACTIVATIONS, ACTIVATIONS
 
     assert set(ACTIVATIONS) | set(_SAME_ACTIVATIONS) == set(ACT2CLS) - {"prelu", "xielu"}
     assert set(ACTIVATIONS) == set(ops._ACTIVATIONS)

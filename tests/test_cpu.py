@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import modernbert_lite as ml
-from modernbert_lite import cpu, ops
-from modernbert_lite.linear import Linear
-from modernbert_lite.ops import is_packed
+from modernbert_lite.ops import cpu
+from modernbert_lite.ops import reference as ops
+from modernbert_lite.ops.linear import Linear
+from modernbert_lite.ops.reference import is_packed
 
 FP32 = torch.float32
 SIZES = [(1, 8), (5, 7), (12, 16), (64, 33), (130, 96)]  # (M, K)
@@ -534,7 +535,7 @@ def test_8_bit_weights_take_a_quarter(make_checkpoint):
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_int8_is_refused_on_other_devices(device):
-    from modernbert_lite.weights import pick_dtype
+    from modernbert_lite.checkpoint.weights import pick_dtype
 
     with pytest.raises(ValueError, match=f"'int8' is for the CPU, and the device is '{device}'"):
         pick_dtype("int8", torch.device(device))

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 import modernbert_lite as ml
 from modernbert_lite import CheckpointError, Embedder
-from modernbert_lite.describe import describe
+from modernbert_lite.cli.about import describe
 
 WORDS = ["the", "a", "cat", "sat", "on", "mat", "dog", "runs", "in", "park", "capital", "of", "france", "is", "paris"]
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in WORDS), *"abcdefghijklmnopqrstuvwxyz"]

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from modernbert_lite import rotary, threads
+from modernbert_lite.ops import rope as rotary
+from modernbert_lite.ops import threads
 from modernbert_lite.reading import OptionError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -21,11 +21,11 @@ import torch
 import transformers
 
 import modernbert_lite as ml
-from modernbert_lite import pooling
-from modernbert_lite.heads import MaskedLM
+from modernbert_lite.checkpoint.weights import find_checkpoint
+from modernbert_lite.models.heads import MaskedLM
+from modernbert_lite.ops import pooling
+from modernbert_lite.pipeline.tokenizer import Tokenizer
 from modernbert_lite.reading import CheckpointError
-from modernbert_lite.tokenizer import Tokenizer
-from modernbert_lite.weights import find_checkpoint
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = json.loads((DATA / "golden.json").read_text(encoding="utf-8"))

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 import modernbert_lite as ml
-from modernbert_lite import gpu, ops, pooling
-from modernbert_lite.gte import Gte
+from modernbert_lite.models.gte import Gte
+from modernbert_lite.ops import gpu, pooling
+from modernbert_lite.ops import reference as ops
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -350,7 +351,7 @@ def test_exporting_first_decides_nothing_for_later(make_checkpoint, tmp_path):
     folder, _ = make_checkpoint(num_hidden_layers=1)
     program = f"""
 import torch, modernbert_lite as ml
-from modernbert_lite import ops
+from modernbert_lite.ops import reference as ops
 model = ml.load_model({str(folder)!r}, device={DEVICE!r}, dtype="float32")
 class Encoder(torch.nn.Module):
     def __init__(self):
@@ -451,7 +452,7 @@ def test_ten_thousand_random_batches_without_a_nan():
         num_attention_heads=2,
         layer_types=("full_attention", "sliding_attention", "full_attention"),
     )
-    from modernbert_lite.model import ModernBert
+    from modernbert_lite.models.modernbert import ModernBert
 
     model = ModernBert(config).to("cuda", ops_dtype()).eval().requires_grad_(False)
     for parameter in model.parameters():

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import modernbert_lite as ml
-from modernbert_lite import graphs, ops, pooling
-from modernbert_lite.gte import Gte
-from modernbert_lite.model import ModernBert
+from modernbert_lite.models.gte import Gte
+from modernbert_lite.models.modernbert import ModernBert
+from modernbert_lite.ops import graphs, pooling
+from modernbert_lite.ops import reference as ops
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import modernbert_lite as ml
-from modernbert_lite import CheckpointError, OptionError, cpu
-from modernbert_lite.gte import Gte
-from modernbert_lite.heads import ARCHITECTURES, GteMaskedLM, GteSequenceClassifier, GteTokenClassifier
-from modernbert_lite.linear import Linear
-from modernbert_lite.ops import is_packed
+from modernbert_lite import CheckpointError, OptionError
+from modernbert_lite.models.gte import Gte
+from modernbert_lite.models.heads import ARCHITECTURES, GteMaskedLM, GteSequenceClassifier, GteTokenClassifier
+from modernbert_lite.ops import cpu
+from modernbert_lite.ops.linear import Linear
+from modernbert_lite.ops.reference import is_packed
 
 VOCAB = 997
 LENGTHS = [65, 1, 130, 66, 66, 2, 31]

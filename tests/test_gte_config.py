@@ -11,8 +11,8 @@ import transformers
 
 import modernbert_lite as ml
 from modernbert_lite import CheckpointError, GteConfig
-from modernbert_lite.config import Rope
-from modernbert_lite.rotary import inverse_frequencies
+from modernbert_lite.models.fields import Rope
+from modernbert_lite.ops.rope import inverse_frequencies
 
 # Two published files as they are, but for auto_map.
 MULTILINGUAL = {

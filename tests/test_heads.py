@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 import modernbert_lite as ml
-from modernbert_lite.heads import ARCHITECTURES, network_class
+from modernbert_lite.models.heads import ARCHITECTURES, network_class
 
 VOCAB = 997
 LENGTHS = [65, 1, 130, 66, 66, 2, 31]

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from modernbert_lite import weights
+from modernbert_lite.checkpoint import weights
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the client forks")
 
@@ -212,7 +212,7 @@ def run(client, hub, tmp_path):
     return run
 
 
-FIND = "from modernbert_lite.weights import find_checkpoint; result = str(find_checkpoint(repo, **options))"
+FIND = "from modernbert_lite.checkpoint.weights import find_checkpoint; result = str(find_checkpoint(repo, **options))"
 LOAD = """
 import modernbert_lite
 model = modernbert_lite.load_model(repo, **options)

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import modernbert_lite as ml
-from modernbert_lite import ops
-from modernbert_lite.config import Rope
+from modernbert_lite.models.fields import Rope
+from modernbert_lite.ops import reference as ops
 
 triton = pytest.importorskip("triton")
 # Decided when triton is imported, for the whole process: a GPU run sets TRITON_INTERPRET=0.

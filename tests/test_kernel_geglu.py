@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from modernbert_lite import ops
+from modernbert_lite.ops import reference as ops
 
 triton = pytest.importorskip("triton")
 # Decided when triton is imported, for the whole process: a GPU run sets TRITON_INTERPRET=0.

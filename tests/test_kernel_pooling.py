@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import modernbert_lite as ml
-from modernbert_lite import pooling
+from modernbert_lite.ops import pooling
 
 triton = pytest.importorskip("triton")
 # Decided when triton is imported, for the whole process: a GPU run sets TRITON_INTERPRET=0.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import modernbert_lite as ml
-from modernbert_lite import ops
+from modernbert_lite.ops import reference as ops
 
 triton = pytest.importorskip("triton")
 # Decided when triton is imported, for the whole process: a GPU run sets TRITON_INTERPRET=0.

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 import modernbert_lite as ml
 from modernbert_lite import CheckpointError
+from modernbert_lite.checkpoint.sentence import read_sentence_config
 from modernbert_lite.late_interaction import LateInteraction, maxsim
-from modernbert_lite.st_config import read_sentence_config
 
 TEXTS = [
     "What is the capital of France?",

@@ -19,7 +19,8 @@ VECTORS = MANY * WIDTH * 4
 
 PEAK = """
 import resource, sys
-from modernbert_lite import Embedder, cli
+from modernbert_lite import Embedder
+from modernbert_lite.cli import commands as cli
 def peak():
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

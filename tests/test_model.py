@@ -11,10 +11,11 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 import modernbert_lite as ml
-from modernbert_lite import cpu, ops
-from modernbert_lite.config import FULL, SLIDING, ModernBertConfig
-from modernbert_lite.model import ModernBert
-from modernbert_lite.weights import load_weights
+from modernbert_lite.checkpoint.weights import load_weights
+from modernbert_lite.models.fields import FULL, SLIDING, ModernBertConfig
+from modernbert_lite.models.modernbert import ModernBert
+from modernbert_lite.ops import cpu
+from modernbert_lite.ops import reference as ops
 
 VOCAB = 997  # small, so that a checkpoint is written and read in milliseconds
 LENGTHS = [1, 2, 63, 64, 65, 66, 127, 128, 129, 130, 257, 1025]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modernbert_lite import Embedder, FillMask, LateInteraction, Reranker, cli, quantize_embeddings
+from modernbert_lite import Embedder, FillMask, LateInteraction, Reranker, quantize_embeddings
+from modernbert_lite.cli import commands as cli
 
 TEXTS = ["a river", "two stones", "the green house", "", "seven"]
 
@@ -66,7 +67,7 @@ def test_every_class_names_the_text(small_folders, value):
 
 
 def test_what_was_finished_is_kept(monkeypatch):
-    from modernbert_lite import pipeline
+    from modernbert_lite.pipeline import base as pipeline
 
     monkeypatch.setattr(pipeline, "_WINDOW_TEXTS", 2)
     model = Embedder.from_pretrained("tiny", device="cpu")

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import modernbert_lite as ml
-from modernbert_lite import cpu, gpu, ops
-from modernbert_lite.config import Rope
+from modernbert_lite.models.fields import Rope
+from modernbert_lite.ops import cpu, gpu
+from modernbert_lite.ops import reference as ops
 
 FAST = ["torch", "onednn"]
 

@@ -13,9 +13,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.similarity import SimilarityFunction
 
 import modernbert_lite as ml
-from modernbert_lite.pipeline import Checkpoint
-from modernbert_lite.st_config import score_activation
-from modernbert_lite.weights import network_folder
+from modernbert_lite.checkpoint.sentence import score_activation
+from modernbert_lite.checkpoint.weights import network_folder
+from modernbert_lite.pipeline.base import Checkpoint
 
 TEXTS = ["The ferry leaves at NINE.", "", "a [MASK] and a [SEP]", "tide and boats " * 12, "naïve 図書館 🙂"]
 ST = "sentence_transformers.models."

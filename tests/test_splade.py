@@ -18,10 +18,11 @@ from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from modernbert_lite import CheckpointError, Embedder, FillMask, LateInteraction, OptionError, Reranker, sparse
-from modernbert_lite import weights as weights_of
-from modernbert_lite.describe import describe
-from modernbert_lite.pipeline import Checkpoint
+from modernbert_lite import CheckpointError, Embedder, FillMask, LateInteraction, OptionError, Reranker
+from modernbert_lite.checkpoint import weights as weights_of
+from modernbert_lite.cli.about import describe
+from modernbert_lite.pipeline import sparse
+from modernbert_lite.pipeline.base import Checkpoint
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the a cat sat on mat dog ##s run ##ning in park capital of france is paris ? ,"
 VOCABULARY = {word: i for i, word in enumerate(WORDS.split())}

@@ -13,7 +13,9 @@ import warnings
 import numpy as np
 import pytest
 
-from modernbert_lite import Embedder, cli, pipeline
+from modernbert_lite import Embedder
+from modernbert_lite.cli import commands as cli
+from modernbert_lite.pipeline import base as pipeline
 
 TEXTS = ["a river", "two stones", "", "word " * 30]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from modernbert_lite import Embedder, threads
+from modernbert_lite import Embedder
+from modernbert_lite.ops import threads
+from modernbert_lite.ops.threads import available, set_threads
 from modernbert_lite.reading import OptionError
-from modernbert_lite.threads import available, set_threads
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's affinity and /proc")
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from modernbert_lite import CheckpointError, Embedder, OptionError, Reranker, TokenClassifier
-from modernbert_lite.pipeline import Checkpoint
-from modernbert_lite.tokenizer import Tokenizer
+from modernbert_lite.pipeline.base import Checkpoint
+from modernbert_lite.pipeline.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC"]
@@ -141,7 +141,7 @@ def test_one_string_gives_its_entities_alone_and_the_batch_does_not_count(make):
 def test_windows_keep_texts_and_entities_together(make, monkeypatch):
     model = TokenClassifier.from_pretrained(make())
     rows = model.predict(TEXTS * 2)
-    monkeypatch.setattr("modernbert_lite.pipeline._WINDOW_TEXTS", 3)
+    monkeypatch.setattr("modernbert_lite.pipeline.base._WINDOW_TEXTS", 3)
     assert_same(model.predict(iter(TEXTS * 2)), rows)
 
 

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer as RustTokenizer
 
 from modernbert_lite import CheckpointError
-from modernbert_lite.tokenizer import Tokenizer
+from modernbert_lite.pipeline.tokenizer import Tokenizer
 
 REAL = Path(__file__).parent / "data" / "modernbert-tokenizer"
 TINY = Path(__file__).parents[1] / "modernbert_lite" / "tiny"
@@ -366,7 +366,7 @@ def test_a_pair_of_long_texts_fits_in_memory(folder):
     program = f"""
 import resource
 from pathlib import Path
-from modernbert_lite.tokenizer import Tokenizer
+from modernbert_lite.pipeline.tokenizer import Tokenizer
 tokenizer = Tokenizer(Path({str(folder)!r}), 512)
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 text = "数字," * 33_000

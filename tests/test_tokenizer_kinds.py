@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RustTokenizer
 
-from modernbert_lite.tokenizer import Tokenizer
+from modernbert_lite.pipeline.tokenizer import Tokenizer
 
 REAL = Path(__file__).parent / "data" / "modernbert-tokenizer"
 

@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from modernbert_lite import tokenizer as module
-from modernbert_lite.tokenizer import Tokenizer
+from modernbert_lite.pipeline import tokenizer as module
+from modernbert_lite.pipeline.tokenizer import Tokenizer
 
 REAL = Path(__file__).parent / "data" / "modernbert-tokenizer"
 TINY = Path(__file__).parents[1] / "modernbert_lite" / "tiny"
@@ -147,7 +147,7 @@ def test_ten_megabytes_without_a_space_are_quick_and_small(side):
     program = f"""
 import base64, random, resource, time
 from pathlib import Path
-from modernbert_lite.tokenizer import Tokenizer
+from modernbert_lite.pipeline.tokenizer import Tokenizer
 tokenizer = Tokenizer(Path({str(REAL)!r}), 512, settings={{"truncation_side": {side!r}}})
 text = base64.b64encode(random.Random(0).randbytes(7_500_000)).decode()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -19,8 +19,8 @@ import pytest
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from modernbert_lite.pipeline.tokenizer import Tokenizer
 from modernbert_lite.reading import CheckpointError, OptionError
-from modernbert_lite.tokenizer import Tokenizer
 
 REAL = Path(__file__).parent / "data" / "modernbert-tokenizer"
 

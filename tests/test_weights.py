@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import modernbert_lite as ml
 from modernbert_lite import CheckpointError
-from modernbert_lite.config import read_config
-from modernbert_lite.heads import MaskedLM, SequenceClassifier, TokenClassifier
-from modernbert_lite.model import ModernBert
-from modernbert_lite.weights import load_weights, pick_device, pick_dtype
+from modernbert_lite.checkpoint.weights import load_weights, pick_device, pick_dtype
+from modernbert_lite.models.fields import read_config
+from modernbert_lite.models.heads import MaskedLM, SequenceClassifier, TokenClassifier
+from modernbert_lite.models.modernbert import ModernBert
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CLASSES = {

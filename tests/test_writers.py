@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modernbert_lite import outputs
+from modernbert_lite.cli import outputs
+from modernbert_lite.cli.writers import VectorWriter
 from modernbert_lite.reading import OptionError
-from modernbert_lite.writers import VectorWriter
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks, links and signals")
 
@@ -96,7 +96,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from modernbert_lite.reading import OptionError
-from modernbert_lite.writers import VectorWriter
+from modernbert_lite.cli.writers import VectorWriter
 with VectorWriter(Path(sys.argv[1]), sys.argv[1].rpartition(".")[2]) as writer:
     first = 0
     while True:
@@ -169,7 +169,7 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from modernbert_lite.reading import OptionError
-from modernbert_lite.writers import VectorWriter
+from modernbert_lite.cli.writers import VectorWriter
 folder, number = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
 while not (folder / "go").exists():

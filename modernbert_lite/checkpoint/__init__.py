@@ -1,0 +1,1 @@
+"""A name -> a network, and what its files say."""

@@ -1,0 +1,211 @@
+"""Which tensor of a checkpoint's files is which of the network: prefixes, older and newer names, split matrices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from ..models.gte import Gte
+from ..reading import printable, shown
+
+Shape = tuple[int, ...]
+Source = tuple[Path, str]  # a file and the key in it
+
+
+@dataclass(frozen=True)
+class Names:
+    """What an architecture's tensors may be called. Without its prefix a name begins with one of `parts` in the
+    encoder, with one of `heads` above it."""
+
+    table: str  # of the words: every file of an encoder has it, once
+    prefixes: tuple[str, ...]
+    parts: tuple[str, ...]
+    heads: tuple[str, ...]
+    renames: Mapping[str, str] = field(default_factory=dict)  # patterns of other names
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a matrix, and those that it may be stored as
+
+
+# What an encoder passes over, as transformers does: a file may hold more than is opened.
+_HEADS = ("head", "decoder", "classifier", "pooler", "lm_head", "qa_outputs", "score", "cls")
+# What is no weight: transformers makes these from the config, whatever a file says of them (older versions, and code of
+# repositories, saved them), and a loss isn't needed.
+_DERIVED = re.compile(
+    r"(^|\.)(rotary_emb\.\w*(inv_freq|cos_cached|sin_cached)|position_ids|embeddings\.token_type_ids|loss_fct\.\w+)$"
+)
+# Of an adapter that was saved with its base, not merged into it.
+_ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\.")
+# Of matrices that another library has quantized.
+_QUANTIZED = re.compile(r"\.(weight_scale(_inv)?|weight_packed|SCB|absmax|quant_map|qweight|qzeros|g_idx)\b")
+# A part of a prefix -> who leaves it there.
+_WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "module": "DataParallel or DistributedDataParallel",
+    "_fsdp_wrapped_module": "FSDP",
+    "_forward_module": "Lightning Fabric",
+    "auto_model": "sentence-transformers",
+    "0": "sentence-transformers",
+    "base_model": "PEFT",
+}
+
+MODERNBERT = Names(
+    table="embeddings.tok_embeddings.weight",
+    prefixes=("model.", ""),
+    parts=("embeddings", "layers", "final_norm"),
+    heads=_HEADS,
+)
+# transformers' GteModel has names of its own, though it saves Alibaba's ("new.gte.": a head that it loaded from there).
+GTE = Names(
+    table="embeddings.word_embeddings.weight",
+    prefixes=("new.gte.", "new.", "gte.", "model.", ""),
+    parts=("embeddings", "encoder", "layers"),
+    heads=_HEADS,
+    renames={
+        r"^layers\.": "encoder.layer.",
+        r"\.self_attn\.": ".attention.",
+        r"\.post_attention_layernorm\.": ".attn_ln.",
+        r"\.post_mlp_layernorm\.": ".mlp_ln.",
+        r"^lm_head\.layer_norm\.": "lm_head.norm.",
+    },
+    splits={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "up_gate_proj": ("up_proj", "gate_proj")},
+)
+
+
+def match(
+    files: Mapping[Path, Mapping[str, Shape]], expected: Mapping[str, Shape], network: nn.Module
+) -> tuple[dict[str, list[Source]], list[str]]:
+    """Each name of the network -> where it is stored, mostly in one piece, else in those that belong one above the
+    other; and what is wrong. files: the shapes in each. expected: the network's.
+
+    An encoder opens a head's file, too, and leaves the head out. A head leaves out a pooler that it has no use for.
+    Tensors that are derived from the config are left out. A prefix that a class around the network has left before all
+    of its names is taken off.
+    """
+    encoder = getattr(network, "model", network)
+    names = _names(network)
+    wrapper = _wrapper([key for keys in files.values() for key in keys], names)
+    found: dict[str, dict[tuple[int, int], Source]] = {}
+    first_with: dict[str, str] = {}  # a prefix of the encoder's keys -> the first one that has it
+    problems = []
+    for path, key, shape in ((path, key, shape) for path, keys in files.items() for key, shape in keys.items()):
+        if _DERIVED.search(key):
+            continue
+        prefix, name, piece, pieces = _place(key.removeprefix(wrapper), names)
+        part = name.partition(".")[0]
+        if part in names.parts:
+            first_with.setdefault(prefix, key)
+            name = name if encoder is network else f"model.{name}"
+        elif part in names.heads and (encoder is network or (part == "pooler" and name not in expected)):
+            continue
+        if name not in expected:
+            problems.append(f"unexpected {_short(key)}")
+            continue
+        stored = found.setdefault(name, {})
+        wanted = expected[name][0] // pieces, *expected[name][1:]
+        same = [at for at in stored if at == (piece, pieces) or at[1] != pieces]
+        if same:
+            problems.append(f"{_short(stored[same[0]][1])} and {_short(key)} are the same tensor")
+        elif shape != wanted:
+            problems.append(f"{_short(key)} has the shape {shown(shape, 60)}, the config asks for {wanted}")
+        stored.setdefault((piece, pieces), (path, key))
+    if not found:
+        keys = [key for keys in files.values() for key in keys]
+        allowed = ", ".join(repr(prefix) for prefix in names.prefixes)
+        what = f"names such as {shown(keys[0], 100)}" if keys else "no tensor at all"
+        return {}, [
+            f"it has {what}; a {type(encoder).__name__}'s begin with {names.parts[0]!r}, after one of {allowed}"
+        ]
+    if len(first_with) > 1:
+        allowed = ", ".join(repr(prefix) for prefix in names.prefixes)
+        problems.append(
+            f"{' and '.join(map(_short, first_with.values()))} have different prefixes; all must have one of {allowed}"
+        )
+    for name, stored in found.items():
+        if len(stored) < next(iter(stored))[1]:
+            problems.append(
+                f"{name} lacks a part: there is only {', '.join(_short(key) for _, key in stored.values())}"
+            )
+    return {name: [stored[at] for at in sorted(stored)] for name, stored in found.items()}, problems
+
+
+def advice(files: Mapping[Path, Mapping[str, Shape]], network: nn.Module) -> str:
+    """What to do about names that `match` can't place, if they tell who has written them; else nothing."""
+    names, keys = _names(network), [key for keys in files.values() for key in keys]
+    adapter = [key for key in keys if _ADAPTER.search(key)]
+    if adapter:
+        return (
+            f" (it holds a PEFT adapter that is not merged into its base, such as {shown(adapter[0], 100)}: in Python, "
+            "model.merge_and_unload().save_pretrained(FOLDER) saves what can be opened)"
+        )
+    quantized = [key for key in keys if _QUANTIZED.search(key)]
+    if quantized:
+        return (
+            f" (its matrices are quantized, which {shown(quantized[0], 100)} tells: only float32, float16 and bfloat16 "
+            "are read; take the model that it was made from)"
+        )
+    strange = [prefix for prefix in _before(keys, names.table) if prefix not in names.prefixes]
+    if not strange:
+        return ""
+    prefix = strange[0]
+    who = next((who for part, who in _WRAPPERS.items() if part in prefix.split(".")), "a class around the network")
+    several = len(strange) > 1
+    told = f" (its names begin with {' or '.join(shown(p, 60) for p in strange[:3])}, which {who} left there"
+    if not re.fullmatch(r"[\w.]+", prefix):  # it stands in a command that the user will run
+        return told + ")"
+    aim = f"to keep what is under {prefix!r}" if several else "to take that off"
+    only = f" if k.startswith('{prefix}')" if several else ""
+    return (
+        f'{told}: {aim}, run in its folder: python -c "import glob, safetensors.torch as s; '
+        f"[s.save_file({{k.removeprefix('{prefix}'): v.clone() for k, v in s.load_file(f).items(){only}}}, f, "
+        "{'format': 'pt'}) for f in glob.glob('model*.safetensors')]\")"
+    )
+
+
+def _names(network: nn.Module) -> Names:
+    return GTE if isinstance(getattr(network, "model", network), Gte) else MODERNBERT
+
+
+def _before(keys: Iterable[str], table: str) -> list[str]:
+    """What stands before each table of words in a file."""
+    return [key.removesuffix(table) for key in keys if f".{key}".endswith(f".{table}")]
+
+
+def _wrapper(keys: list[str], names: Names) -> str:
+    """What a class around the network has put before the names of all its tensors: "module." of DataParallel. Empty if
+    there is nothing, or more than one reading; transformers then gives the network random weights."""
+    before = _before(keys, names.table)
+    if len(before) != 1 or before[0] in names.prefixes:
+        return ""
+    # "module.model." of a head's network: its own names begin with "model.", or with the head's.
+    usual = max((p for p in names.prefixes if f".{before[0]}".endswith(f".{p}")), key=len)
+    wrapper = before[0].removesuffix(usual)
+    others = (_place(key, names)[1] for key in keys if not key.startswith(wrapper))
+    return "" if any(name.partition(".")[0] in names.parts for name in others) else wrapper
+
+
+def _short(key: str) -> str:
+    return printable(key, 100)
+
+
+def _place(key: str, names: Names) -> tuple[str, str, int, int]:
+    """A key -> its prefix, the name without it, which piece of that tensor it is, of how many.
+
+    "new.encoder.layer.3.attention.k_proj.bias" -> ("new.", "encoder.layer.3.attention.qkv_proj.bias", 1, 3)
+    """
+    for prefix in names.prefixes:
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and name.partition(".")[0] in names.parts + names.heads:
+            break
+    else:
+        return "", key, 0, 1
+    for pattern, usual in names.renames.items():
+        name = re.sub(pattern, usual, name)
+    name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))  # of norms, in files of TensorFlow's time
+    for whole, parts in names.splits.items():
+        for i, part in enumerate(parts):
+            if f".{part}." in name:
+                return prefix, name.replace(f".{part}.", f".{whole}."), i, len(parts)
+    return prefix, name, 0, 1

@@ -1,0 +1,208 @@
+"""What `modernbert-lite info` and `doctor` say: of a checkpoint, and of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import sysconfig
+import time
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..checkpoint.sentence import Late, length_limit
+from ..checkpoint.sparse import SparseConfig, Splade, Static
+from ..checkpoint.weights import open_safetensors, pick_device, pick_dtype, weight_files
+from ..models.fields import FULL, GteConfig, ModernBertConfig
+from ..models.rope import Rope
+from ..ops import reference as ops
+from ..ops.threads import available, set_threads
+from ..pipeline.base import Checkpoint
+from ..reading import printable
+
+_SELF_CHECK_TEXTS = ["A man is playing a guitar.", "Someone plays an instrument.", "Stocks fell on Monday."]
+
+
+def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
+    """Facts of a checkpoint, from its configs and the headers of its safetensors: no weight is read."""
+    checkpoint = Checkpoint.find(path_or_id, **hub)
+    root, config, sentence = checkpoint.root, checkpoint.config, checkpoint.sentence
+    stored, parameters = Counter[str](), 0
+    files = weight_files(checkpoint.folder)
+    for path in files:
+        file = open_safetensors(path)
+        for key in file.keys():  # noqa: SIM118  not a dict
+            part = file.get_slice(key)
+            count = int(np.prod(part.get_shape()))
+            parameters += count
+            stored[part.get_dtype()] += count
+    pooling = sentence.pooling
+    return {
+        "folder": str(checkpoint.root),
+        "architecture": config.architecture + ("" if config.names_architecture else " (config.json names none)"),
+        "use": checkpoint.use + _calls(checkpoint),
+        "parameters": parameters,
+        "stored as": ", ".join(stored),
+        "hidden size": config.hidden_size,
+        "layers": f"{config.num_hidden_layers} ({_global_layers(config)} global)",
+        "heads": f"{config.num_attention_heads} x {config.head_dim}",
+        "intermediate size": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+        **(_of_modernbert(config) if isinstance(config, ModernBertConfig) else _of_gte(config)),
+        "max length": length_limit(sentence, checkpoint.folder, config.max_position_embeddings),
+        "pooling": "+".join(pooling.modes) if pooling else "none said",
+        "dense": len(sentence.dense),
+        "normalizes": sentence.normalize,
+        "prompts": dict(sentence.prompts or {}),
+        "similarity": sentence.similarity_fn_name,
+        "labels": list(config.labels) if "Classification" in config.architecture else [],
+        **({} if sentence.late is None else _of_late(sentence.late)),
+        **({} if sentence.sparse is None else _of_sparse(sentence.sparse)),
+        "files": _files(root),
+    }
+
+
+def _files(root: Path) -> dict[str, int]:
+    """Sizes in bytes, by path; without what can't be looked at, such as a link to nothing."""
+    sizes = {}
+    for path in sorted(root.rglob("*")):
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                sizes[printable(path.relative_to(root).as_posix(), 200)] = path.stat().st_size
+    return sizes
+
+
+def _global_layers(config: ModernBertConfig | GteConfig) -> int:
+    return config.layer_types.count(FULL) if isinstance(config, ModernBertConfig) else config.num_hidden_layers
+
+
+def _calls(checkpoint: Checkpoint) -> str:
+    if checkpoint.sentence.sparse is not None:
+        return " (encode_sparse)"
+    return " (encode, encode_sparse)" if checkpoint.sparse else ""
+
+
+def _of_sparse(sparse: SparseConfig) -> dict[str, Any]:
+    def shown(road: Splade | Static | None) -> str:
+        if isinstance(road, Static):
+            return "stored weights, without the network"
+        return "none" if road is None else f"{road.strategy} of {road.activation}"
+
+    return {
+        "weights of queries": shown(sparse.query),
+        "weights of documents": shown(sparse.document),
+        "weights kept": sparse.max_active_dims or "all above 0",
+    }
+
+
+def _of_late(late: Late) -> dict[str, Any]:
+    return {
+        "query length": late.query_length or "as any text",
+        "document length": late.document_length or "as any text",
+        "query expansion": f"to {late.padded_length} tokens" if late.padded_length else "none",
+        "expansion is attended to": late.attends,
+        "skip list": list(late.skiplist_words),
+    }
+
+
+def _of_modernbert(config: ModernBertConfig) -> dict[str, Any]:
+    half = config.local_attention // 2
+    full, sliding = _scaling(config.full_rope), _scaling(config.sliding_rope)
+    return {
+        "local window": f"{config.local_attention} ({half} on each side)",
+        "rope theta": f"{config.full_rope.theta:g} global, {config.sliding_rope.theta:g} local",
+        "rope type": full if full == sliding else f"{full} global, {sliding} local",
+        "activation": config.hidden_activation,
+    }
+
+
+def _of_gte(config: GteConfig) -> dict[str, Any]:
+    rope, rotary = config.rope, config.position_embedding_type == "rope"
+    return {
+        "positions": config.position_embedding_type,
+        "rope theta": f"{rope.theta:g}" if rotary else "none",
+        "rope type": _scaling(rope) if rotary else "none",
+        "activation": config.hidden_act,
+        "token types": config.type_vocab_size,
+        "layers' norms": config.layer_norm_type,
+    }
+
+
+def _scaling(rope: Rope) -> str:
+    mixed = "" if rope.mixed_b is None else f", mixed_b {rope.mixed_b:g}"
+    return rope.type if rope.type == "default" else f"{rope.type}, factor {rope.factor:g}{mixed}"
+
+
+def machine() -> dict[str, Any]:
+    """Versions, devices, threads, and the backend that each operation takes here."""
+    set_threads(None)
+    device = pick_device(None)
+    facts: dict[str, Any] = {
+        "modernbert-lite": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+    }
+    for package in ("torch", "triton", "safetensors", "tokenizers", "huggingface-hub", "numpy"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    facts["dtype"] = str(pick_dtype(None, device)).removeprefix("torch.")
+    x = torch.empty(1, dtype=pick_dtype(None, device), device=device)
+    facts |= {f"backend of {op}": ops.backend(op, x) for op in ops.OPS}
+    facts["MODERNBERT_LITE_BACKEND"] = os.environ.get("MODERNBERT_LITE_BACKEND", "not set (auto)")
+    facts["C compiler for Triton"] = _compiler()
+    facts["threads"] = f"{torch.get_num_threads()} of {available()} processors"
+    facts["CPU capability"] = torch.backends.cpu.get_cpu_capability()
+    facts["hub offline"] = os.environ.get("HF_HUB_OFFLINE", "not set")
+    return facts
+
+
+def _compiler() -> str:
+    """Triton builds its launchers by one, with Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if compiler is None:
+        return "none found (gcc, clang, cc, or name one in CC)"
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return compiler if headers.is_file() else f"{compiler}, but {headers} is missing"
+
+
+def self_check() -> str:
+    """Embeds three texts with the bundled model, on this machine's backends and on the reference.
+
+    Raises RuntimeError if they differ, or if the vectors make no sense.
+    """
+    from ..embedder import Embedder
+
+    start = time.perf_counter()
+    model = Embedder.from_pretrained("tiny")
+    loaded = time.perf_counter()
+    vectors = model.encode(_SELF_CHECK_TEXTS)
+    words = model.encode([_SELF_CHECK_TEXTS[0] * 50] * 4)
+    done = time.perf_counter()
+    kept = os.environ.get("MODERNBERT_LITE_BACKEND")
+    os.environ["MODERNBERT_LITE_BACKEND"] = "torch"
+    try:
+        reference = Embedder.from_pretrained("tiny", device="cpu", dtype="float32").encode(_SELF_CHECK_TEXTS)
+    finally:
+        os.environ.pop("MODERNBERT_LITE_BACKEND")
+        if kept is not None:
+            os.environ["MODERNBERT_LITE_BACKEND"] = kept
+    cosine = float(np.min(np.sum(vectors * reference, axis=1)))
+    near, far = model.similarity(vectors[0], vectors[1:])[0]
+    if not (cosine > 0.999 and near > far + 0.2 and np.isfinite(words).all()):
+        raise RuntimeError(
+            f"self-check failed: cosine {cosine:.6f} to the reference (at least 0.999 is right), similarity {near:.3f} "
+            f"of like texts and {far:.3f} of unlike ones. Try MODERNBERT_LITE_BACKEND=torch, and report this table"
+        )
+    return (
+        f"self-check passed: cosine {cosine:.6f} to the reference; loaded in {loaded - start:.2f} s, "
+        f"embedded in {done - loaded:.2f} s"
+    )

@@ -1,0 +1,1 @@
+"""One file a family: its network, heads, configuration and tensor names."""

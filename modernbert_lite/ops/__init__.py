@@ -1,0 +1,1 @@
+"""What layers compute on: tensors in, tensors out."""

@@ -1,0 +1,253 @@
+"""CUDA graphs for small batches. A forward pass is some 200 launches, and below about 4,000 tokens the host takes
+longer over them than the card over the work; a graph launches them all at once.
+
+A graph is of fixed shapes, so a batch is put into one a little larger: a bucket of (tokens, sequences, whether any
+sequence needs wide tiles). What is added changes nothing: tokens that belong to no sequence, sequences without tokens,
+tiles without queries.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import PackedBatch, to_device
+from ..models.modernbert import check_batch
+from ..reading import warn
+from . import gpu
+from . import reference as ops
+
+MAX_TOKENS = 4096
+MAX_GRAPHS = 64
+_SWITCH = "MODERNBERT_LITE_CUDA_GRAPHS"
+
+_capturing = threading.Lock()
+Forward = Callable[..., Tensor]
+Key = tuple[Hashable, ...]
+
+
+def bucket_of(tokens: int, sequences: int) -> tuple[int, int]:
+    """The shapes that stand for these, never fewer: tokens in steps of at most a quarter, sequences by powers of four.
+    More tokens than sequences, so that a result's length tells of which it is; and where sequences are added a token
+    is, too, which is the first of those that have none.
+
+    (20, 1) -> (32, 1), (130, 3) -> (160, 4), (64, 4) -> (64, 4), (64, 3) -> (80, 4), (64, 64) -> (80, 64)
+    """
+    several = 1 << ((sequences - 1).bit_length() + 1) // 2 * 2
+    room = max(tokens + (several > sequences), several + 1, 32)
+    step = max(8, 1 << (room - 1).bit_length() - 3)
+    return -(-room // step) * step, several
+
+
+class Graphed:
+    """`forward` of a network, replayed from CUDA graphs where that is faster and the same; called as it is elsewhere.
+
+    network: its `config` has vocab_size; its weights may be written to or replaced, its modules may not; hooks don't
+    run in a replay. forward: called with a PackedBatch and hashable arguments, gives a tensor of a row a token or a row
+    a sequence; default: the network itself. Batches of up to max_tokens are captured when their bucket is seen for the
+    second time. At most max_graphs are kept, which share one stream and one memory pool; when there are more they all
+    go, and a bucket must then be seen twice as often. Results are copies. Threads may call it; they take turns.
+    MODERNBERT_LITE_CUDA_GRAPHS=0 turns it off.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        forward: Forward | None = None,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        max_graphs: int = MAX_GRAPHS,
+    ):
+        self.network = network
+        self.forward: Forward = network if forward is None else forward
+        self.max_tokens, self.max_graphs = max_tokens, max_graphs
+        # Walking the modules takes longer than a small pass, so only once.
+        self._weights: list[tuple[Any, str]] = [
+            (module._parameters, name)
+            for module in network.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self._lock = threading.Lock()
+        self._failed = False
+        self._sightings = 2  # of a bucket, before it is captured: it may never come again
+        self._seen: Counter[Key] = Counter()
+        self._graphs: dict[Key, _Graph] = {}
+        self._device: _Device | None = None
+        self._addresses = self._where()
+
+    def _where(self) -> tuple[Hashable, ...]:
+        return tuple((weight.data_ptr(), weight.dtype) for weight in self._tensors())
+
+    def _start_anew(self) -> None:
+        """Drops all graphs at once: one that goes alone may take the others' workspace of the matrix library along."""
+        if self._device is not None:
+            self._device.synchronize()
+        self._device, self._graphs, self._addresses = None, {}, self._where()
+        self._seen.clear()
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles begin without graphs."""
+        new = functools.partial(type(self), max_tokens=self.max_tokens, max_graphs=self.max_graphs)
+        return new, (self.network, None if self.forward is self.network else self.forward)
+
+    def __call__(self, batch: PackedBatch, *arguments: Hashable) -> Tensor:
+        """forward(batch, *arguments), with its errors."""
+        if not self._applies(batch):
+            return self.forward(batch, *arguments)
+        check_batch(batch, self._config)  # a replay runs no Python
+        with self._lock:
+            if self._addresses != self._where():  # other weights: a graph would read the old ones
+                self._start_anew()
+            graph = self._find(batch, arguments)
+            if graph is not None:
+                return graph(batch)
+        return self.forward(batch, *arguments)
+
+    @property
+    def _config(self) -> Any:
+        return self.network.config
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (parameters[name] for parameters, name in self._weights)
+
+    def _last(self) -> Tensor:
+        """One of the weights, in the dtype that layers compute in: the first, a table, may be narrower."""
+        parameters, name = self._weights[-1]
+        return parameters[name]
+
+    def _applies(self, batch: PackedBatch) -> bool:
+        if self._failed or not isinstance(batch, PackedBatch) or os.environ.get(_SWITCH, "1") == "0":
+            return False
+        weight = self._last()
+        if batch.input_ids.device != weight.device or not _can_capture(weight.device):
+            return False
+        if not 0 < len(batch.input_ids) <= self.max_tokens or 0 in batch.seqlens or batch.key_seqlens:
+            return False
+        if torch.is_autocast_enabled() or gpu.wants_gradient(*self._tensors()):
+            return False
+        # Other backends ask the host for lengths, and a replay has no host.
+        takes_kernels = ops.backend("attention", weight) == "triton"
+        return takes_kernels and gpu.attention_works(weight.device, weight.dtype, self._config.head_dim)
+
+    def _find(self, batch: PackedBatch, arguments: tuple[Hashable, ...]) -> _Graph | None:
+        tokens, sequences = bucket_of(len(batch.input_ids), len(batch.seqlens))
+        wide = batch.max_seqlen > gpu.NARROW
+        typed = batch.token_type_ids is not None
+        key = (tokens, sequences, wide, typed, arguments, os.environ.get("MODERNBERT_LITE_BACKEND"))
+        if key in self._graphs:
+            return self._graphs[key]
+        self._seen[key] += 1
+        if self._seen[key] < self._sightings:
+            return None
+        if len(self._graphs) >= self.max_graphs:
+            self._start_anew()
+            self._sightings *= 2  # more buckets than graphs: capture only what comes often
+            return None
+        try:
+            self._device = self._device or _Device(batch.input_ids.device)
+            static = _static_batch(batch, tokens, sequences, wide, self._last().dtype)
+            self._graphs[key] = _Graph(static, lambda: self.forward(static, *arguments), self._device, batch)
+        except RuntimeError as error:  # also when memory runs out
+            self._failed = True
+            self._device, self._graphs = None, {}
+            warn(f"no CUDA graphs here ({str(error).splitlines()[0]}); going on without")
+        return self._graphs.get(key)
+
+
+class _Device:
+    """What the graphs of one Graphed share. Pool and stream go together: the allocator gives memory again on the stream
+    that had it only."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        with torch.cuda.device(device):
+            self.stream, self.pool, self.done = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.Event()
+
+    def wait(self) -> None:
+        """Whichever graph ran last, on any stream, must be done: they share memory."""
+        torch.cuda.current_stream(self.device).wait_event(self.done)
+
+    def leave(self) -> None:
+        self.done.record(torch.cuda.current_stream(self.device))
+
+    def synchronize(self) -> None:
+        self.done.synchronize()
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What replays `run`, and the tensor that it then fills."""
+        graph = torch.cuda.CUDAGraph()
+        # Out of inference mode, because torch keeps tensors of its own in a graph, which it writes to in later replays.
+        # torch captures one graph at a time in a process. The stream is entered here, too, because torch.cuda.graph
+        # doesn't leave it where ending a capture fails.
+        with _capturing, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self.device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                for _ in range(2):  # compiles kernels, makes tables and workspaces: none of that may be in a capture
+                    run()
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    output = run()
+            torch.cuda.current_stream().wait_stream(self.stream)
+        return graph.replay, output
+
+
+class _Graph:
+    """One captured pass over a static batch."""
+
+    def __init__(self, static: PackedBatch, run: Callable[[], Tensor], device: _Device, batch: PackedBatch):
+        self.static, self.device = static, device
+        device.wait()
+        _fill(static, batch)  # the capture runs it: on real tokens, not on what memory holds
+        self.replay, self.output = device.capture(run)
+        device.leave()
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        self.device.wait()
+        _fill(self.static, batch)
+        self.replay()
+        per_token = len(self.output) == len(self.static.input_ids)
+        result = self.output[: len(batch.input_ids) if per_token else len(batch.seqlens)].clone()
+        self.device.leave()
+        return result
+
+
+@torch.inference_mode(False)  # written to later, in or out of inference mode
+def _static_batch(like: PackedBatch, tokens: int, sequences: int, wide: bool, dtype: torch.dtype) -> PackedBatch:
+    """An empty batch of the bucket's shapes. Its lengths are not on the host: what asks for them can't be captured."""
+    static = PackedBatch(
+        input_ids=like.input_ids.new_zeros(tokens),
+        cu_seqlens=like.cu_seqlens.new_zeros(sequences + 1),
+        max_seqlen=tokens if wide else gpu.NARROW,
+        position_ids=like.position_ids.new_zeros(tokens),
+        token_type_ids=None if like.token_type_ids is None else like.token_type_ids.new_zeros(tokens),
+        seqlens=(),
+        max_id=0,
+    )
+    for block in gpu.blocks(static.max_seqlen, dtype):
+        static.cache["tiles", block] = like.cu_seqlens.new_zeros((tokens // block + sequences + 1, 4))
+    return static
+
+
+def _fill(static: PackedBatch, batch: PackedBatch) -> None:
+    T, B = len(batch.input_ids), len(batch.seqlens)
+    # The tail of ids and positions keeps what it had: valid ones, of tokens that no sequence has.
+    static.input_ids[:T].copy_(batch.input_ids)
+    static.position_ids[:T].copy_(batch.position_ids)
+    if static.token_type_ids is not None and batch.token_type_ids is not None:
+        static.token_type_ids[:T].copy_(batch.token_type_ids)
+    static.cu_seqlens[: B + 1].copy_(batch.cu_seqlens)
+    static.cu_seqlens[B + 1 :].fill_(T)
+    for (_, block), table in static.cache.items():
+        host = gpu.padded_tile_table(batch.seqlens, block, len(static.input_ids), len(table))
+        table.copy_(to_device(host, table.device))
+
+
+def _can_capture(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing() and not torch.compiler.is_compiling()

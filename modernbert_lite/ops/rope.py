@@ -1,0 +1,131 @@
+"""Rotary position embedding (arXiv 2104.09864): frequencies, and tables of cosines and sines, made once and kept."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import torch
+from torch import Tensor
+
+from ..models.rope import Rope
+
+P = ParamSpec("P")
+
+_making = threading.RLock()
+
+
+def cached(size: int | None) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Keeps the tensors that a function made, out of inference mode: a cached tensor may meet autograd later. While
+    torch.compile traces it is called as it is."""
+
+    def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        kept: Any = functools.lru_cache(maxsize=size)(torch.inference_mode(False)(function))
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            with _making:  # two threads would make two, and drop the one that a graph may have captured
+                return kept(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+@cached(64)
+def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device, long: bool = False) -> Tensor:
+    """(D / 2,) fp32: theta^(-2j/D), stretched as `rope.type` says (`rope_config.Rope`). Where that depends on a text's
+    length: of a text of at most the original length; long: longrope's, of a longer one.
+
+    The operations and their order are those of transformers' `modeling_rope_utils`: the last bit of a frequency counts
+    at far positions.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    base = rope.theta**exponents
+    original, factor = rope.original_max_position_embeddings, rope.factor
+    if rope.type == "default":
+        inverse = 1.0 / base
+    elif rope.type == "linear":
+        inverse = 1.0 / base / factor
+    elif rope.type == "proportional":
+        inverse = 1.0 / base
+        inverse[int(rope.rotated * head_dim // 2) :] = 0.0
+        inverse = inverse / factor
+    elif rope.type == "dynamic":
+        growth = factor * original / original - (factor - 1)  # 1, but for rounding
+        inverse = 1.0 / (rope.theta * growth ** (head_dim / (head_dim - 2))) ** exponents
+    elif rope.type == "longrope":
+        stretch = torch.tensor(rope.long_factor if long else rope.short_factor, dtype=torch.float32)
+        inverse = 1.0 / (stretch * base)
+    elif rope.type == "llama3":
+        inverse = _by_wavelength(1.0 / base, rope)
+    elif rope.type == "ntk" and rope.mixed_b is not None:
+        m = torch.arange(1, head_dim // 2 + 1, dtype=torch.float32)
+        inverse = 1.0 / base / (math.log(factor) * (m / (head_dim / 2)) ** rope.mixed_b).exp()
+    elif rope.type == "ntk":
+        inverse = 1.0 / (rope.theta * factor) ** exponents / factor ** (2 / head_dim)
+    else:
+
+        def dimension(rotations: float) -> float:  # the pair that turns this often over the original length
+            return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+        low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        high += 0.001 if high == low else 0
+        ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+        kept = 1 - ramp
+        inverse = 1.0 / (factor * base) * (1 - kept) + 1.0 / base * kept
+    return inverse.to(device)
+
+
+def _by_wavelength(inverse: Tensor, rope: Rope) -> Tensor:
+    """llama3: short waves stay, long ones are stretched by the factor, and those between by something between."""
+    original, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
+    wavelength = 2 * math.pi / inverse
+    stretched = torch.where(wavelength > original / low, inverse / rope.factor, inverse)
+    smooth = (original / wavelength - low) / (high - low)
+    between = (1 - smooth) * stretched / rope.factor + smooth * stretched
+    return torch.where((wavelength < original / high) | (wavelength > original / low), stretched, between)
+
+
+def _frequencies_by_length(rope: Rope, head_dim: int, lengths: Tensor) -> Tensor:
+    """(T, D / 2) fp32, of tokens in texts of these lengths (T,): those of transformers for each text alone. (In a batch
+    it takes all for as long as the longest, and dynamic RoPE keeps what a longer text left.)"""
+    short = inverse_frequencies(rope, head_dim, lengths.device)
+    original, factor = rope.original_max_position_embeddings, rope.factor
+    if rope.type == "longrope":
+        long = inverse_frequencies(rope, head_dim, lengths.device, long=True)
+    else:
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=lengths.device) / head_dim
+        growth = factor * lengths.clamp(min=original).float() / original - (factor - 1)
+        long = 1.0 / (rope.theta * growth ** (head_dim / (head_dim - 2)))[:, None] ** exponents
+    return torch.where((lengths > original)[:, None], long, short)
+
+
+def rope_table(rope: Rope, head_dim: int, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin of every token's angles, (T, D / 2) each, always fp32 (bf16 tables lose whole positions). lengths
+    (T,): of each token's text, needed where `rope.by_length`."""
+    if rope.by_length:
+        if lengths is None:
+            raise ValueError(f"the frequencies of {rope.type!r} depend on the lengths of texts, which are not given")
+        inverse = _frequencies_by_length(rope, head_dim, lengths)
+    else:
+        inverse = inverse_frequencies(rope, head_dim, position_ids.device)
+    angles = position_ids[:, None].float() * inverse
+    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+
+
+@cached(None)  # never let go: a captured graph may read it
+def position_table(rope: Rope, head_dim: int, device: torch.device, positions: int) -> Tensor:
+    """(2, positions, D / 2): cos and sin of the positions from 0 on."""
+    table = torch.stack(rope_table(rope, head_dim, torch.arange(positions, device=device)))
+    if device.type == "cuda":  # kept for all streams, of which the others wouldn't wait for this one
+        torch.cuda.current_stream(device).synchronize()
+    return table

@@ -1,0 +1,118 @@
+"""How many threads compute: what the process may use, and no more, in containers too."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..reading import OptionError, as_whole, shown
+from . import rope as rotary
+
+VARIABLE = "MODERNBERT_LITE_THREADS"
+_TOKENIZER = "RAYON_NUM_THREADS"  # read when the tokenizers library first tokenizes a batch
+_ours: str | None = None  # what was set here for the tokenizer, and so may be set again
+_watching = False  # whether forks are
+_forked = False  # whether this process is a fork of one that had loaded a model
+
+
+def available(root: Path = Path("/")) -> int:
+    """Processors that this process may use: its affinity, and the CPU quota of its container, rounded up."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([processors, *_quotas(root)])
+
+
+def set_threads(threads: int | None) -> None:
+    """torch's threads in this process: `threads`, else MODERNBERT_LITE_THREADS, else as torch has it, but no more than
+    are available. The tokenizer's own, unless RAYON_NUM_THREADS is set, become as many as were asked for.
+
+    Raises OptionError for a number that is not from 1 to the available processors."""
+    most, name, value = available(), "threads", threads
+    text = os.environ.get(VARIABLE, "").strip()
+    if threads is None and (_forked or not text):
+        if torch.get_num_threads() > most:
+            torch.set_num_threads(most)
+        return
+    if threads is None:
+        name, value = VARIABLE, int(text) if text.isdecimal() and len(text) < 10 else None
+    value = as_whole(value)
+    if value is None or not 1 <= value <= most:
+        got = shown(threads if name == "threads" else text, 60)
+        raise OptionError(
+            f"{name} is {got}; it must be a whole number from 1 to {most}, the processors that this process may use"
+        )
+    if _forked and value > 1:
+        raise OptionError(
+            f"threads is {value}; a process that was forked after a model was loaded computes with one thread. Start "
+            "it by 'spawn' or 'forkserver' instead, or load models in it only"
+        )
+    torch.set_num_threads(value)
+    bound_tokenizer()
+
+
+def bound_tokenizer() -> None:
+    """The tokenizer's threads become as many as torch's: what computes on the same processors shares them."""
+    global _ours
+    if os.environ.get(_TOKENIZER) in (None, _ours):
+        os.environ[_TOKENIZER] = _ours = str(torch.get_num_threads())
+
+
+def survive_forks() -> None:
+    """From now on, forked processes compute. (Of the threads of OpenMP and of the tokenizer they have none, and would
+    wait for them for ever: they compute with one thread.)"""
+    global _watching
+    if not _watching and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork)
+        _watching = True
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    rotary._making = threading.RLock()  # another thread may have held it, which isn't there
+
+
+def _quotas(root: Path) -> Iterator[int]:
+    """Of the process's control groups and all above them. What can't be read or understood limits nothing."""
+    for folder in _control_groups(root):
+        for read in (_quota_v2, _quota_v1):
+            try:
+                quota, period = read(folder)
+            except (OSError, ValueError):
+                continue
+            if quota > 0 and period > 0:
+                yield -(-quota // period)
+
+
+def _quota_v2(folder: Path) -> tuple[int, int]:
+    """ "150000 100000", microseconds of each so many; "max 100000" is no number."""
+    quota, period = (folder / "cpu.max").read_text().split()
+    return int(quota), int(period)
+
+
+def _quota_v1(folder: Path) -> tuple[int, int]:
+    """Two files; -1 is no limit."""
+    return int((folder / "cpu.cfs_quota_us").read_text()), int((folder / "cpu.cfs_period_us").read_text())
+
+
+def _control_groups(root: Path) -> Iterator[Path]:
+    """Folders of the groups that the process is in, and those above. Inside a container its path may be the host's,
+    which isn't there: then the mount itself is the container's group."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, ValueError):
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        parts = [part for part in path.split("/") if part]
+        depths = range(len(parts) + 1) if ".." not in parts else range(1)
+        for mount in {controllers, "cpu"} if controllers else {""}:
+            yield from (root.joinpath("sys/fs/cgroup", mount, *parts[:depth]) for depth in depths)

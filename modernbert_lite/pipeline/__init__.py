@@ -1,0 +1,1 @@
+"""Texts -> rows in the caller's order."""

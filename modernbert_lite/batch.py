@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -54,6 +54,39 @@ class PackedBatch:
             position_ids=to_device(self.position_ids, device),
             token_type_ids=None if self.token_type_ids is None else to_device(self.token_type_ids, device),
         )
+
+
+class Limits(Protocol):
+    """What a network's config says about the batches that it takes."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def type_vocab_size(self) -> int:
+        """Rows of the table of token types. With 0 or 1, the types of a batch are ignored."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Rows of the table of positions; None: there is no such table."""
+
+
+def check_batch(batch: PackedBatch, limits: Limits, rows: Tensor | None = None) -> None:
+    """Raises TypeError for what is no batch, ValueError for ids outside the tables or not a row a sequence."""
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(f"the network takes a PackedBatch, not {type(batch).__name__}: see pack and from_padded")
+    if batch.max_id >= limits.vocab_size:
+        raise ValueError(
+            f"token id {batch.max_id} is outside the vocabulary (ids 0 to {limits.vocab_size - 1}); "
+            "was the text tokenized for another model?"
+        )
+    types, positions = limits.type_vocab_size, limits.max_positions
+    if types > 1 and batch.max_type >= types:
+        raise ValueError(f"token type {batch.max_type} is outside the model's table (types 0 to {types - 1})")
+    if positions is not None and any(n > positions for n in batch.seqlens):
+        longest = max(batch.seqlens)
+        raise ValueError(f"a sequence has {longest} tokens; this model's table of positions has {positions}")
+    if rows is not None and rows.shape != (batch.cu_seqlens.shape[0] - 1,):
+        raise ValueError(f"rows is {tuple(rows.shape)}; it must be ({batch.cu_seqlens.shape[0] - 1},): one a sequence")
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:

@@ -127,7 +127,7 @@ def warn(message: str, only_as_error: bool = False) -> None:
     frame, depth, caller, level = sys._getframe(), 1, sys._getframe(), 1
     while frame.f_back is not None:
         depth += 1
-        if frame.f_globals.get("__package__") == __package__:
+        if (frame.f_globals.get("__package__") or "").partition(".")[0] == __package__:
             caller, level = frame.f_back, depth
         frame = frame.f_back
     if only_as_error and not _raises(message, caller):

@@ -614,7 +614,8 @@ def test_ctrl_c_keeps_finished_rows(tmp_path, format):
     out, partial = tmp_path / f"v.{format}", tmp_path / f"v.{format}.partial"
     # Its own handler of SIGINT, which is ignored where the tests run in a shell's background.
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from modernbert_lite import cli, pipeline; pipeline._WINDOW_TEXTS = 64; sys.exit(cli.main())"
+    code += "from modernbert_lite import cli; from modernbert_lite.pipeline import base\n"
+    code += "base._WINDOW_TEXTS = 64; sys.exit(cli.main())"
     with process("embed", "--model", "tiny", "-o", out, code=code) as started:
         # One whole window, and a beginning of the next, whose end never comes.
         started.stdin.write(b"".join(b"text %d\n" % i for i in range(64 + 10)))

@@ -12,9 +12,8 @@ import modernbert_lite as ml
 from modernbert_lite import CheckpointError, GteConfig, ModernBertConfig
 from modernbert_lite.cli.about import describe
 from modernbert_lite.models.fields import FULL, SLIDING
-from modernbert_lite.models.rope import Rope
 from modernbert_lite.ops import reference as ops
-from modernbert_lite.ops.rope import inverse_frequencies, rope_table
+from modernbert_lite.ops.rope import Rope, inverse_frequencies, rope_table
 
 FACTORS = [1.0 + 0.25 * i for i in range(8)]  # of head size 16: a frequency each
 # Every type of transformers 5, and values that make each of its keys count.

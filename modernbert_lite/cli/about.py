@@ -21,8 +21,8 @@ from ..checkpoint.sentence import Late, length_limit
 from ..checkpoint.sparse import SparseConfig, Splade, Static
 from ..checkpoint.weights import open_safetensors, pick_device, pick_dtype, weight_files
 from ..models.fields import FULL, GteConfig, ModernBertConfig
-from ..models.rope import Rope
 from ..ops import reference as ops
+from ..ops.rope import Rope
 from ..ops.threads import available, set_threads
 from ..pipeline.base import Checkpoint
 from ..reading import printable

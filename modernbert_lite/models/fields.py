@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..ops.rope import Rope
 from ..reading import CheckpointError, Reader, is_there, read_json, shown, warn
-from .rope import ROPE_TYPES, Rope, read_rope
+from .rope import ROPE_TYPES, read_rope
 
 # The activations that transformers knows (its ACT2FN), but for prelu and xielu, which have weights. Checkpoints of
 # these models have been seen to name "gelu" (exact, by erf) and "silu".
@@ -102,6 +103,16 @@ class ModernBertConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def type_vocab_size(self) -> int:
+        """Rows of a table of token types: there is none."""
+        return 0
+
+    @property
+    def max_positions(self) -> int | None:
+        """Rows of a table of positions: there is none."""
+        return None
+
     def window_size(self, layer: int) -> tuple[int, int]:
         """(left, right) of a layer, inclusive; (-1, -1) is unlimited. local_attention 128 -> (64, 64)."""
         if self.layer_types[layer] == FULL:
@@ -189,6 +200,11 @@ class GteConfig:
     @property
     def head_dim(self) -> int:
         return self.own_head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_positions(self) -> int | None:
+        """Rows of the table of positions; None: positions are rotations (RoPE), of which there is no end."""
+        return self.max_position_embeddings if self.position_embedding_type == "absolute" else None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> GteConfig:

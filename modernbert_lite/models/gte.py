@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..batch import PackedBatch
+from ..batch import PackedBatch, check_batch
 from ..ops import reference as ops
 from ..ops.linear import Linear
 from .fields import GteConfig
-from .modernbert import LayerNorm, attend, check_batch
+from .modernbert import LayerNorm, attend
 
 
 class Gte(nn.Module):

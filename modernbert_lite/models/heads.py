@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..batch import PackedBatch
+from ..batch import PackedBatch, check_batch
 from ..ops import pooling
 from ..ops import reference as ops
 from ..ops.linear import Linear
 from ..reading import CheckpointError, shown
 from .fields import Config, GteConfig, ModernBertConfig
 from .gte import Gte
-from .modernbert import LayerNorm, ModernBert, check_batch
+from .modernbert import LayerNorm, ModernBert
 
 
 class PredictionHead(nn.Module):

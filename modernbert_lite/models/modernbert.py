@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..batch import PackedBatch
+from ..batch import PackedBatch, check_batch
 from ..ops import reference as ops
 from ..ops.linear import Linear
-from .fields import FULL, Config, GteConfig, ModernBertConfig
+from .fields import FULL, ModernBertConfig
 
 
 class ModernBert(nn.Module):
@@ -44,30 +44,6 @@ class ModernBert(nn.Module):
             x = layer(x, batch, sliding)
             x = x if rows is None else x[rows]
         return self.final_norm(x)
-
-
-def check_batch(batch: PackedBatch, config: Config, rows: Tensor | None = None) -> None:
-    """Raises TypeError for what is no batch, ValueError for ids outside the tables or not a row a sequence."""
-    if not isinstance(batch, PackedBatch):
-        raise TypeError(f"the network takes a PackedBatch, not {type(batch).__name__}: see pack and from_padded")
-    if batch.max_id >= config.vocab_size:
-        raise ValueError(
-            f"token id {batch.max_id} is outside the vocabulary (ids 0 to {config.vocab_size - 1}); "
-            "was the text tokenized for another model?"
-        )
-    if isinstance(config, GteConfig):
-        _check_tables(batch, config)
-    if rows is not None and rows.shape != (batch.cu_seqlens.shape[0] - 1,):
-        raise ValueError(f"rows is {tuple(rows.shape)}; it must be ({batch.cu_seqlens.shape[0] - 1},): one a sequence")
-
-
-def _check_tables(batch: PackedBatch, config: GteConfig) -> None:
-    types, positions = config.type_vocab_size, config.max_position_embeddings
-    if types > 1 and batch.max_type >= types:
-        raise ValueError(f"token type {batch.max_type} is outside the model's table (types 0 to {types - 1})")
-    if config.position_embedding_type == "absolute" and any(n > positions for n in batch.seqlens):
-        longest = max(batch.seqlens)
-        raise ValueError(f"a sequence has {longest} tokens; this model's table of positions has {positions}")
 
 
 class Embeddings(nn.Module):

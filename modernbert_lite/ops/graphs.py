@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch import PackedBatch, to_device
-from ..models.modernbert import check_batch
+from ..batch import PackedBatch, check_batch, to_device
 from ..reading import warn
 from . import gpu
 from . import reference as ops

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import PackedBatch, constant
-from ..models.rope import Rope
 from ..reading import OptionError, warn
-from .rope import cached, position_table, rope_table
+from .rope import Rope, cached, position_table, rope_table
 
 if TYPE_CHECKING:
     from .cpu import PackedWeight

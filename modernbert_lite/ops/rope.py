@@ -6,14 +6,46 @@ import functools
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-from ..models.rope import Rope
-
 P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of one kind of layer; `inverse_frequencies` has the formulas.
+
+    `linear` divides positions by `factor`. `yarn`: arXiv 2309.00071. `llama3`: by wavelength, as Llama 3.1 does.
+    `proportional`: only the share `rotated` of the pairs turns. `dynamic`, for texts longer than
+    `original_max_position_embeddings`, enlarges theta by the text's length; `longrope` (arXiv 2402.13753) has
+    `long_factor` for such texts and `short_factor` for the others. `ntk`, GTE's own: theta times `factor`, all
+    frequencies over factor^(2 / head_dim), or mixed, where it has an exponent for that: frequency m (from 1) over
+    exp(a m^mixed_b), the last one over `factor`."""
+
+    theta: float
+    type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0  # multiplies cos and sin
+    mixed_b: float | None = None
+    truncate: bool = True  # yarn: whole numbers for the pairs between which it blends
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    rotated: float = 1.0
+
+    @property
+    def by_length(self) -> bool:
+        """Whether a token's frequencies depend on the length of its text."""
+        return self.type in ("dynamic", "longrope")
+
 
 _making = threading.RLock()
 

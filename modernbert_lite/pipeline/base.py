@@ -230,7 +230,7 @@ class Pipeline:
         longest = longest if max_seq_length is None else self._within_positions(max_seq_length)
         own = checkpoint.sentence.settings
         self.tokenizer = Tokenizer(checkpoint.folder, longest, own.lower_case, settings=own.tokenizer)
-        self.typed = self.tokenizer.has_types and isinstance(config, GteConfig) and config.type_vocab_size > 1
+        self.typed = self.tokenizer.has_types and config.type_vocab_size > 1
         self.model = load_weights(network, config, checkpoint.folder, device=device, dtype=dtype)
         on_cpu = self.device.type == "cpu"
         if batch_tokens is None and not on_cpu:
@@ -260,12 +260,10 @@ class Pipeline:
     def _within_positions(self, value: int) -> int:
         """`value`, a max_seq_length. Raises OptionError for one over the length of a table of positions; what is no
         whole number is left for the tokenizer to refuse."""
-        config, tokens = self.config, as_whole(value)
-        table = isinstance(config, GteConfig) and config.position_embedding_type == "absolute"
-        if table and tokens is not None and tokens > config.max_position_embeddings:
+        most, tokens = self.config.max_positions, as_whole(value)
+        if most is not None and tokens is not None and tokens > most:
             raise OptionError(
-                f"max_seq_length is {shown(tokens)}; it must be no more than {config.max_position_embeddings}, "
-                "what the model has positions for"
+                f"max_seq_length is {shown(tokens)}; it must be no more than {most}, what the model has positions for"
             )
         return value
 

@@ -15,7 +15,7 @@ from .batch import PackedBatch
 from .checkpoint.sentence import SIMILARITIES, USUAL_PROMPTS, Pooling, finish, on_vectors, similarity_name
 from .checkpoint.sparse import TASKS, Static
 from .checkpoint.weights import BUNDLED
-from .models.heads import GteTokenClassifier, encoder_class, masked_lm_class
+from .models.registry import encoder_class, head_class
 from .ops import pooling
 from .ops.pooling import PRECISIONS, check_ranges, no_range, quantize_embeddings
 from .pipeline import sparse
@@ -53,8 +53,8 @@ class Embedder(Prompted, Pipeline):
                 "1_Pooling/config.json. Its tokens are averaged, and unrelated texts will look alike"
             )
         self.sparse = checkpoint.sparse or self.splade is not None
-        network = GteTokenClassifier if checkpoint.sparse else encoder_class(checkpoint.config)
-        network = masked_lm_class(checkpoint.config) if self.splade else network
+        head = "ForMaskedLM" if self.splade else "ForTokenClassification" if checkpoint.sparse else None
+        network = head_class(checkpoint.config, head) if head else encoder_class(checkpoint.config)
         super().__init__(checkpoint, network, **options)
         self.prompts = sentence.prompts or {}
         self.default_prompt_name = sentence.default_prompt_name

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .batch import PackedBatch, pack
 from .checkpoint.sentence import LATE_SIMILARITIES, USUAL_PROMPTS, finish, length_limit, on_vectors, similarity_name
-from .models.heads import encoder_class
+from .models.registry import encoder_class
 from .ops.pooling import floats
 from .pipeline.base import Checkpoint, Pipeline, keyworded
 from .pipeline.inputs import check_text, listed

@@ -13,10 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..models.fields import Config, read_config
-from ..models.heads import MaskedLM, network_class
-from ..ops.linear import Linear
-from ..ops.reference import backend, pack_weight
+from ..models.fields import Config
+from ..models.registry import network_class, read_config
+from ..ops.linear import Linear, pack, packs
 from ..ops.threads import set_threads, survive_forks
 from ..reading import (
     CheckpointError,
@@ -82,10 +81,10 @@ def load_model(
     the cache without asking the network if it is there), or "tiny", the bundled model.
     device: default CUDA if there is one, else the CPU. dtype: default float32 on the CPU, bfloat16 on CUDA (float16
     where the card has no bfloat16); "int8", on the CPU: the layers' weights in 8 bits, a scale a row, the rest in
-    float32. packed: on the CPU, hold linear weights as its matrix products want them, and only so (cpu.PackedWeight),
-    and the embedding table as the file stores it; False leaves plain tensors of one dtype, for torch.compile,
-    torch.export or an optimizer (after `requires_grad_(True)`); not for int8. Raises CheckpointError for a checkpoint
-    that is missing, damaged or unsupported.
+    float32. packed: on the CPU, hold linear weights only as the CPU's matrix products want them
+    (ops.linear.PackedLinear), and the embedding table as the file stores it. False leaves plain tensors of one dtype,
+    for torch.compile, torch.export or an optimizer (after `requires_grad_(True)`); not for int8. Raises
+    CheckpointError for a checkpoint that is missing, damaged or unsupported.
     """
     set_threads(None)
     folder = find_checkpoint(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
@@ -330,7 +329,7 @@ def load_weights(
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     files = {path: _shapes(path) for path in weight_files(folder)}
     found, problems = match(files, expected, model)
-    tied = model.TIED if isinstance(model, MaskedLM) and config.tie_word_embeddings else None
+    tied = getattr(model, "TIED", None) if config.tie_word_embeddings else None
     missing = [name for name in expected if name not in found and not (tied and name == tied[0])]
     problems = [f"missing {name}" for name in missing if found] + problems  # else the names themselves are strange
     if problems:
@@ -341,20 +340,19 @@ def load_weights(
     if dtype == torch.int8 and not packed:
         raise OptionError("dtype 'int8' is for inference: with packed=False use float32, bfloat16 or float16")
     int8, dtype = dtype == torch.int8, torch.float32 if dtype == torch.int8 else dtype
-    linears = {f"{name}.weight": layer.parts for name, layer in model.named_modules() if isinstance(layer, Linear)}
-    packs = packed and backend("linear", torch.empty(0, dtype=dtype, device=device)) == "onednn"
+    linears = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    packing = packed and packs(device, dtype)
     # One buffer for what is packed next: the holes that a buffer each would leave are too small for what follows.
     buffer = torch.empty(
-        max(math.prod(expected[name]) for name in linears) if packs or int8 else 0, dtype=dtype, device="cpu"
+        max(math.prod(expected[name]) for name in linears) if packing or int8 else 0, dtype=dtype, device="cpu"
     )
     state = {}
     for name, sources in found.items():
         small = int8 and ".layer" in f".{name}"  # of the encoder's layers; a head's are few
         if name.endswith(_TABLES) and device.type == "cpu" and packed and not tied:
             state[name] = _read_table(*sources[0], dtype, int8)
-        elif name in linears and (packs or small):
-            weight = _read(sources, device, dtype, buffer)
-            state[name] = pack_weight(weight, linears[name], "int8" if small else None)
+        elif name in linears and (packing or small):
+            pack(linears[name], _read(sources, device, dtype, buffer), int8=small)
         else:
             state[name] = _read(sources, device, dtype)
     if tied:
@@ -365,7 +363,9 @@ def load_weights(
                 "config.json: make them equal, or the key false"
             )
         state[decoder] = state[table]
-    model.load_state_dict(state, strict=True, assign=True)
+    left = model.load_state_dict(state, strict=False, assign=True)
+    if left.unexpected_keys or not set(left.missing_keys) <= set(linears):
+        raise AssertionError(left)
     if tied:
         model.get_submodule(tied[0].rpartition(".")[0]).weight = model.get_parameter(tied[1])
     return model.eval()

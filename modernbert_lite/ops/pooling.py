@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..batch import PackedBatch
 from ..reading import OptionError, shown
-from . import reference as ops
+from .reference import mean_pool
 
 PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
 
@@ -38,7 +38,7 @@ def lasttoken(x: Tensor, batch: PackedBatch) -> Tensor:
 
 def mean(x: Tensor, batch: PackedBatch) -> Tensor:
     """(T, C) -> (B, C) fp32; zeros for an empty sequence."""
-    return ops.mean_pool(x, batch)
+    return mean_pool(x, batch)
 
 
 def mean_sqrt_len_tokens(x: Tensor, batch: PackedBatch) -> Tensor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ..reading import OptionError, as_whole, shown
-from . import rope as rotary
+from . import tracing
 
 VARIABLE = "MODERNBERT_LITE_THREADS"
 _TOKENIZER = "RAYON_NUM_THREADS"  # read when the tokenizers library first tokenizes a batch
@@ -74,7 +73,7 @@ def _after_fork() -> None:
     _forked = True
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    rotary._making = threading.RLock()  # another thread may have held it, which isn't there
+    tracing.after_fork()
 
 
 def _quotas(root: Path) -> Iterator[int]:

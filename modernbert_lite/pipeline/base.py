@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..batch import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, PackedBatch, pack, plan_batches
 from ..checkpoint.sentence import SentenceConfig, length_limit, read_sentence_config
 from ..checkpoint.weights import find_checkpoint, load_weights, network_folder, stores
-from ..models.fields import Config, GteConfig, read_config
-from ..models.heads import use
+from ..models.fields import Config
+from ..models.registry import read_config, use
 from ..ops.graphs import MAX_TOKENS, Graphed
 from ..ops.threads import bound_tokenizer, set_threads
 from ..reading import CheckpointError, OptionError, as_whole, shown, warn, whole_number
@@ -141,8 +141,7 @@ class Checkpoint:
     @property
     def sparse(self) -> bool:
         """Whether the encoder's tokens have sparse weights: by the config, and by the file, which may lack them."""
-        told = isinstance(self.config, GteConfig) and self.config.sparse
-        return told and stores(self.folder, "classifier.weight")
+        return self.config.sparse and stores(self.folder, "classifier.weight")
 
     def refuse(self, wanted: str) -> CheckpointError:
         """The error that it is no `wanted`."""

@@ -123,15 +123,23 @@ FOLDERS = [
     {"classifier", "embedder", "fill_mask", "late_interaction", "reranker", "token_classifier"},
     {"cli"},
 ]
-# Inside a folder the same. cpu and gpu stand aside: only what chooses may import them, lazily.
+# Inside a folder the same. cpu and gpu, the twins, stand aside: they see the operations whose twins they are, and only
+# what chooses may import them, lazily.
 INSIDE = {
-    "ops": [{"rope"}, {"reference", "threads"}, {"linear", "pooling"}, {"graphs"}],
-    "models": [{"rope"}, {"fields"}, {"modernbert"}, {"gte"}, {"heads"}],
+    "ops": [
+        {"tracing"},
+        {"choose", "onednn", "threads", "windows"},
+        {"rope"},
+        {"reference"},
+        {"linear", "pooling"},
+        {"graphs"},
+    ],
+    "models": [{"fields", "rope"}, {"layers"}, {"gte", "modernbert"}, {"registry"}],
     "checkpoint": [{"foreign", "settings", "sparse"}, {"names"}, {"weights"}, {"sentence"}],
     "pipeline": [{"prompts", "tokenizer_files"}, {"tokenizer"}, {"inputs"}, {"base", "sparse"}],
     "cli": [{"console"}, {"inputs", "outputs"}, {"about", "writers"}, {"commands"}],
 }
-ASIDE = {"ops.cpu": {"ops.reference"}, "ops.gpu": {"ops.reference", "ops.graphs"}, "kernels": {"ops.gpu"}}
+ASIDE = {"ops.cpu": {"ops.choose"}, "ops.gpu": {"ops.choose", "ops.graphs"}, "kernels": {"ops.gpu"}}
 
 
 def ranks(rows: list[set[str]]) -> dict[str, int]:

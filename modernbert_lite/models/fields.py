@@ -9,32 +9,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..ops.reference import ACTIVATIONS
 from ..reading import CheckpointError, Reader, shown
 
-# The activations that transformers knows (its ACT2FN), but for prelu and xielu, which have weights. Checkpoints of
-# these models have been seen to name "gelu" (exact, by erf) and "silu".
-ACTIVATIONS = (
-    "gelu",
-    "silu",
-    "relu",
-    "gelu_pytorch_tanh",
-    "gelu_10",
-    "gelu_fast",
-    "gelu_new",
-    "gelu_python",
-    "hardswish",
-    "laplace",
-    "leaky_relu",
-    "linear",
-    "mish",
-    "quick_gelu",
-    "relu2",
-    "relu6",
-    "sigmoid",
-    "sqrtsoftplus",
-    "tanh",
-)
-# The same functions by other names.
+# Activations by other names. With those of ops.reference: transformers' ACT2FN, but for prelu and xielu, which have
+# weights.
 _SAME_ACTIVATIONS = {"swish": "silu", "gelu_accurate": "gelu_new", "gelu_python_tanh": "gelu_new"}
 # Keys that change transformers' numbers, or its choice of files, in ways that aren't supported here.
 _REFUSED = {
@@ -135,8 +114,8 @@ def check_type(raw: Mapping[str, Any], wanted: type[Config]) -> None:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in wanted.MODEL_TYPES:
         raise CheckpointError(
-            f"model_type {shown(model_type)} is not {wanted.__name__}'s, whose are "
-            f"{', '.join(map(repr, wanted.MODEL_TYPES))}: read_config finds the family"
+            f"model_type {shown(model_type)} is not supported; known: {', '.join(map(repr, wanted.MODEL_TYPES))} "
+            f"({wanted.__name__}'s; read_config opens every family)"
         )
 
 

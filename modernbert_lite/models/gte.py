@@ -278,6 +278,7 @@ class GteConfig(Config):
                 f"logn_attention_scale is {shown(get.raw['logn_attention_scale'])}, which is not supported; it must be "
                 "false, or left out"
             )
+        get.flag("logn_attention_clip1", False, strings=True)
         longest = get.whole("max_position_embeddings", 8192 if native else 2048)
         norm_type = get.choice("layer_norm_type", "layer_norm", ("layer_norm", "rms_norm"))
         if native and norm_type != "layer_norm":

@@ -17,7 +17,7 @@ from .tracing import constant
 P = ParamSpec("P")
 Twins = Mapping[str, Callable[..., Any]]
 
-OPS = ("linear", "layer_norm", "rope_", "attention", "row_attention", "geglu", "mean_pool")
+OPS = ("linear", "layer_norm", "rope", "attention", "geglu", "mean_pool")
 BACKENDS = ("auto", "torch", "triton", "onednn")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

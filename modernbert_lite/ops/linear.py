@@ -102,7 +102,7 @@ class PackedLinear(Linear):
         result = fn(torch.empty(0, dtype=self.dtype))
         if (result.device.type, result.dtype) != ("cpu", self.dtype):
             self.unpack()
-        return super()._apply(fn, recurse)
+        return Linear._apply(self, fn, recurse)
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedLinear:
         if requires_grad:
@@ -116,9 +116,9 @@ class PackedLinear(Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "weight" in state_dict:
             self.unpack()  # to be written over
-            return super()._load_from_state_dict(state_dict, prefix, *args)
-        args[2].append(prefix + "weight")  # of the missing ones
-        return super()._load_from_state_dict(state_dict, prefix, *args)
+        else:
+            args[2].append(prefix + "weight")  # of the missing ones
+        Linear._load_from_state_dict(self, state_dict, prefix, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         import copy

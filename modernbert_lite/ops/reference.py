@@ -79,7 +79,8 @@ def rope(x: Tensor, heads: int, turn: Turn) -> Tensor:
     Split halves (NeoX): pair j is (x[j], x[j + D/2]) -> (x1 cos - x2 sin, x2 cos + x1 sin), computed in fp32.
     """
     cos, sin = angles_of(turn)  # (T, D / 2) fp32
-    first, second = x[:, :heads].chunk(2, dim=-1)  # (T, heads, D / 2)
+    half = x.shape[-1] // 2
+    first, second = x[:, :heads, :half], x[:, :heads, half:]  # (T, heads, D / 2)
     cos, sin = cos[:, None], sin[:, None]
     x1, x2 = first.float(), second.float()  # the same memory in fp32, copies otherwise
     x1_sin = x1 * sin

@@ -407,10 +407,11 @@ class Pipeline:
     def _not_finite(self, text: Text, i: int) -> ValueError:
         *_, last = self.model.parameters()  # the first one may be a table that is kept as it is stored
         dtype = str(last.dtype).removeprefix("torch.")
-        advice = {
-            "float16": "its largest number is 65504: load the model with dtype='float32' or 'bfloat16'",
-            "bfloat16": "load the model with dtype='float32'",
-        }.get(dtype, "the checkpoint's weights are damaged, or too large to compute with")
+        advice = "the checkpoint's weights are damaged, or too large to compute with"
+        if dtype == "float16":
+            advice = f"its largest number is 65504: load the model with dtype='float32' or 'bfloat16'; or {advice}"
+        elif dtype == "bfloat16":
+            advice = f"load the model with dtype='float32'; or {advice}"
         text = text[0] if isinstance(text, FirstCut) else text
         return ValueError(f"the result of text {i}, {brief(text)}, is not finite in {dtype}; {advice}")
 

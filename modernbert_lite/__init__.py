@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .models.modernbert import ModernBertConfig
     from .models.registry import read_config
     from .ops.graphs import Graphed
-    from .ops.pooling import quantize_embeddings
+    from .pipeline.vectors import quantize_embeddings
     from .reading import CheckpointError, OptionError
     from .reranker import Reranker
     from .token_classifier import TokenClassifier
@@ -39,7 +39,7 @@ _HOME = {
     "from_padded": "batch",
     "load_model": "checkpoint.weights",
     "pack": "batch",
-    "quantize_embeddings": "ops.pooling",
+    "quantize_embeddings": "pipeline.vectors",
     "read_config": "models.registry",
     "to_padded": "batch",
     "unpack": "batch",

@@ -313,7 +313,7 @@ def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, check: bool = Tr
     shared = kv.shape[1] // 2 if kv.dim() == 3 and kv.shape[1] % 2 == 0 else 0
     if q.dim() != 3 or not shared or len(q) != len(cu_seqlens) - 1 or q.shape[2] != kv.shape[2] or q.shape[1] % shared:
         raise ValueError(
-            f"q is {tuple(q.shape)}, kv {tuple(kv.shape)}; they must be (B, H, D) and (T, 2 Hkv, D), or (T, 2, H, D), "
+            f"q is {tuple(q.shape)}, kv {tuple(kv.shape)}; they must be (B, H, D) and (T, 2, H, D), or (T, 2 Hkv, D), "
             "H a multiple of Hkv"
         )
     if cu_seqlens.dtype != torch.int32 or q.dtype != kv.dtype:

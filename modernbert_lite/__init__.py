@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batch import PackedBatch, from_padded, pack, to_padded, unpack
-    from .checkpoint.weights import load_model
+    from .checkpoint.open import load_model
     from .classifier import Classifier
     from .embedder import Embedder
     from .fill_mask import FillMask
@@ -37,7 +37,7 @@ _HOME = {
     "Reranker": "reranker",
     "TokenClassifier": "token_classifier",
     "from_padded": "batch",
-    "load_model": "checkpoint.weights",
+    "load_model": "checkpoint.open",
     "pack": "batch",
     "quantize_embeddings": "pipeline.vectors",
     "read_config": "models.registry",

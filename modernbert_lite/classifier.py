@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .batch import PackedBatch
+from .checkpoint.open import Checkpoint
 from .models.registry import network_class
-from .pipeline.base import Checkpoint, Pipeline, keyworded, on_host
+from .pipeline.base import Pipeline, keyworded, on_host
 from .pipeline.inputs import check_text, check_text_or_pair, keeping, length, listed
 from .pipeline.tokenizer import FirstCut, Text
 from .reading import CheckpointError, OptionError, shown, warn, whole_number

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from .batch import PackedBatch
-from .checkpoint.sentence import SIMILARITIES, USUAL_PROMPTS, Pooling, finish, on_vectors, similarity_name
+from .checkpoint.dense import finish, on_vectors
+from .checkpoint.hub import BUNDLED
+from .checkpoint.open import Checkpoint
+from .checkpoint.sentence import SIMILARITIES, USUAL_PROMPTS, Pooling, similarity_name
 from .checkpoint.sparse import TASKS, Static
-from .checkpoint.weights import BUNDLED
 from .models.registry import encoder_class, head_class
 from .ops import pooling
 from .pipeline import sparse
-from .pipeline.base import Checkpoint, Pipeline, keyworded, on_host, windows
+from .pipeline.base import Pipeline, keyworded, on_host, windows
 from .pipeline.inputs import Given, check_text, keeping, length, listed
 from .pipeline.prompts import Prompted
 from .pipeline.tokenizer import Text
@@ -63,17 +65,17 @@ class Embedder(Prompted, Pipeline):
         self.normalizes = sentence.normalize
         encoder = self.model.model if self.sparse else self.model
         self.network = self.graphed(self.model, partial(_forward, encoder, self.pooling.modes))
-        self.on_tokens = on_vectors(checkpoint.root, sentence.on_tokens, self.config.hidden_size, self.device)
+        self.on_tokens = on_vectors(checkpoint.files, sentence.on_tokens, self.config.hidden_size, self.device)
         width = self.on_tokens[-1].out_features if self.on_tokens else self.config.hidden_size
         width *= len(self.pooling.modes)
-        self.dense = on_vectors(checkpoint.root, sentence.dense, width, self.device)
+        self.dense = on_vectors(checkpoint.files, sentence.dense, width, self.device)
         self.dimension = self.dense[-1].out_features if self.dense else width
         self.max_active_dims = self.splade.max_active_dims if self.splade else None
         self.static: dict[str, sparse.StaticWeights] = {}  # of a sparse encoder's queries that need no network
         if self.splade:
             self.dimension = self.config.vocab_size
             places = {road.folder for road in self.splade.roads if isinstance(road, Static)}
-            self.static = {place: sparse.StaticWeights(checkpoint.root, checkpoint.root / place) for place in places}
+            self.static = {place: sparse.StaticWeights(checkpoint.files, checkpoint.root / place) for place in places}
         stored = None if self.splade else sentence.truncate_dim and min(sentence.truncate_dim, self.dimension)
         self.truncate_dim = stored if truncate_dim is None else truncate_dim
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .batch import PackedBatch
+from .checkpoint.open import Checkpoint
 from .models.registry import network_class
-from .pipeline.base import Checkpoint, Pipeline, keyworded
+from .pipeline.base import Pipeline, keyworded
 from .pipeline.inputs import check_text, keeping, length, listed
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
 

@@ -13,9 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from .batch import PackedBatch, pack
-from .checkpoint.sentence import LATE_SIMILARITIES, USUAL_PROMPTS, finish, length_limit, on_vectors, similarity_name
+from .checkpoint.dense import finish, on_vectors
+from .checkpoint.open import Checkpoint
+from .checkpoint.sentence import LATE_SIMILARITIES, USUAL_PROMPTS, similarity_name
 from .models.registry import encoder_class
-from .pipeline.base import Checkpoint, Pipeline, keyworded
+from .pipeline.base import Pipeline, keyworded
 from .pipeline.inputs import check_text, listed
 from .pipeline.prompts import Prompted
 from .pipeline.vectors import floats
@@ -90,14 +92,14 @@ class LateInteraction(Prompted, Pipeline):
         self.normalizes = sentence.normalize
         self.network = self.graphed(self.model)
         width = config.hidden_size
-        self.dense = on_vectors(checkpoint.root, sentence.dense, width, self.device)
+        self.dense = on_vectors(checkpoint.files, sentence.dense, width, self.device)
         self.dimension = self.dense[-1].out_features if self.dense else width
         for prefix in late.prefixes:
             self.tokenizer.keep_whole(prefix)
         found = [self.tokenizer.id_of(word) for word in late.skiplist_words]
         self.skip_ids = {task: [i for i in found if i is not None] for task in late.skiplist_tasks}
 
-        usual = length_limit(sentence, checkpoint.folder, config.max_position_embeddings)
+        usual = checkpoint.max_length
         self._late, self._longest, self.pads_left = late, max(usual, config.max_position_embeddings), False
         try:
             self.query_length = (late.query_length or usual) if query_length is None else query_length

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .batch import PackedBatch
-from .checkpoint.sentence import Pooling, SentenceConfig, finish, on_vectors, score_activation
+from .checkpoint.dense import finish, on_vectors, score_activation
+from .checkpoint.open import Checkpoint
+from .checkpoint.sentence import Pooling, SentenceConfig
 from .models.registry import encoder_class, network_class
 from .ops import pooling
-from .pipeline.base import Checkpoint, Pipeline, keyworded, on_host
+from .pipeline.base import Pipeline, keyworded, on_host
 from .pipeline.inputs import Pair, brief, check_pair, check_text_or_pair, listed
 from .pipeline.prompts import Prompted
 from .pipeline.tokenizer import Text
@@ -41,9 +43,9 @@ class Reranker(Prompted, Pipeline):
         self.labels = self.config.labels
         if sentence.scores:
             self.pooling = sentence.pooling or Pooling()
-            self.on_tokens = on_vectors(checkpoint.root, sentence.on_tokens, self.config.hidden_size, self.device)
+            self.on_tokens = on_vectors(checkpoint.files, sentence.on_tokens, self.config.hidden_size, self.device)
             width = self.on_tokens[-1].out_features if self.on_tokens else self.config.hidden_size
-            self.head = on_vectors(checkpoint.root, sentence.dense, width * len(self.pooling.modes), self.device)
+            self.head = on_vectors(checkpoint.files, sentence.dense, width * len(self.pooling.modes), self.device)
             self.normalizes = sentence.normalize
             self.labels = tuple(f"LABEL_{i}" for i in range(self.head[-1].out_features))
         named = told.activation_fn or self.config.activation_fn

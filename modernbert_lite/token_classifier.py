@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from .batch import PackedBatch
+from .checkpoint.open import Checkpoint
 from .models.registry import network_class
-from .pipeline.base import Checkpoint, Pipeline, keyworded
+from .pipeline.base import Pipeline, keyworded
 from .pipeline.inputs import keeping, length, listed
 from .pipeline.tokenizer import Span
 from .reading import OptionError, shown

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import modernbert_lite as ml
 from modernbert_lite import CheckpointError
+from modernbert_lite.checkpoint.folder import Folder, open_safetensors
 from modernbert_lite.checkpoint.sentence import read_sentence_config
-from modernbert_lite.checkpoint.weights import load_weights, open_safetensors, read_modules, weight_files
+from modernbert_lite.checkpoint.weights import load_weights
 from modernbert_lite.embedder import Embedder
 from modernbert_lite.fill_mask import FillMask
 from modernbert_lite.models.modernbert import ModernBert
@@ -312,7 +313,7 @@ def test_a_path_in_modules_json_that_leaves_the_folder_is_refused(folder, case):
 def test_paths_of_modules_of_every_kind_are_checked(folder, kind):
     write(folder / "modules.json", [{"idx": 0, "name": "0", "path": "../outside", "type": ST + kind}])
     with pytest.raises(CheckpointError, match=r"modules\.json: path '../outside' leaves"):
-        read_sentence_config(folder)
+        read_sentence_config(Folder(folder))
 
 
 @pytest.mark.parametrize("case", [name for name in LEAVING if isinstance(LEAVING[name], str)])
@@ -346,7 +347,7 @@ def test_an_index_may_name_a_file_in_a_subfolder(folder):
     (folder / "parts").mkdir()
     shutil.move(folder / "model.safetensors", folder / "parts" / "one.safetensors")
     write(folder / INDEX, {"weight_map": {"final_norm.weight": "parts/one.safetensors"}})
-    assert weight_files(folder) == [folder / "parts" / "one.safetensors"]
+    assert Folder(folder).weight_files(folder) == [folder / "parts" / "one.safetensors"]
     ml.load_model(folder)
 
 
@@ -394,14 +395,14 @@ def test_a_link_that_leads_to_itself_is_refused(folder):
     (folder / "loop").symlink_to(folder / "loop")
     write_modules(folder, pooling="loop")
     with pytest.raises(CheckpointError):
-        read_sentence_config(folder)
+        read_sentence_config(Folder(folder))
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "x/" * 5_000, "\ud800", "1_Pooling/config.json"])
 def test_a_path_that_can_be_none_is_refused_or_has_no_file(folder, path):
     write_modules(folder, pooling=path)
     with contextlib.suppress(CheckpointError):
-        assert read_sentence_config(folder).pooling is not None
+        assert read_sentence_config(Folder(folder)).pooling is not None
 
 
 def test_links_within_the_folder_are_fine(folder):
@@ -445,7 +446,7 @@ def test_a_link_from_a_hub_cache_to_another_model_is_refused(hub_cache):
     (hub_cache / "other").symlink_to(other / "1_Pooling")
     write_modules_into(hub_cache, "other")
     with pytest.raises(CheckpointError, match="link that leaves"):
-        read_sentence_config(hub_cache)
+        read_sentence_config(Folder(hub_cache))
 
 
 def write_modules_into(snapshot, pooling):
@@ -460,7 +461,7 @@ def test_a_folder_that_only_looks_like_a_snapshot_is_held_to_its_own_files(folde
     shutil.move(mine / "1_Pooling", tmp_path / "data" / "private")
     (mine / "1_Pooling").symlink_to(tmp_path / "data" / "private")
     with pytest.raises(CheckpointError, match="link that leaves"):
-        read_sentence_config(mine)
+        read_sentence_config(Folder(mine))
 
 
 def test_inside_gives_the_path_itself(tmp_path):
@@ -633,7 +634,7 @@ def test_settings_as_long_as_gemma_s_are_read(folder):
 )
 def test_a_malformed_modules_json_is_refused(folder, content):
     (folder / "modules.json").write_bytes(content)
-    for reads in (read_modules, read_sentence_config, Embedder.from_pretrained):
+    for reads in (lambda f: Folder(f).modules, lambda f: read_sentence_config(Folder(f)), Embedder.from_pretrained):
         with pytest.raises(CheckpointError, match=r"modules\.json"):
             reads(folder)
 
@@ -910,7 +911,7 @@ def test_a_randomly_changed_safetensors_header_loads_or_is_refused(plain):
                     entry["dtype"] = rng.choice(junk)
             with_header(plain, changed, raw[8 + size :])
         try:
-            load_weights(ModernBert, config, plain, device="cpu")
+            load_weights(ModernBert, config, Folder(plain), device=torch.device("cpu"), dtype=torch.float32)
         except ValueError:
             refused += 1
         except BaseException as error:
@@ -932,7 +933,7 @@ def test_randomly_changed_sentence_files_are_read_or_refused(folder, name):
     for _ in range(200):
         write(folder / name, mutate(rng, whole))
         try:
-            read_sentence_config(folder)
+            read_sentence_config(Folder(folder))
         except ValueError:
             pass
         except BaseException as error:

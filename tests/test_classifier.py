@@ -13,7 +13,7 @@ import torch
 
 import modernbert_lite as ml
 from modernbert_lite import CheckpointError, Classifier, OptionError, Reranker
-from modernbert_lite.pipeline.base import Checkpoint
+from modernbert_lite.checkpoint.open import Checkpoint
 
 TOKENIZER = Path(__file__).parent / "data" / "modernbert-tokenizer"
 TEXTS = [

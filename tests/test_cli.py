@@ -652,7 +652,7 @@ def test_ctrl_c_while_the_model_loads_is_one_line(run, monkeypatch, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modernbert_lite.pipeline.base.load_weights", interrupted)
+    monkeypatch.setattr("modernbert_lite.checkpoint.open.load_weights", interrupted)
     result = run("embed", "one", "--model", "tiny", "-o", tmp_path / "v.npy")
     assert result.status == 130
     assert_one_line(result.err, "interrupted")

@@ -525,7 +525,7 @@ def test_8_bit_weights_take_a_quarter(make_checkpoint):
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_int8_is_refused_on_other_devices(device):
-    from modernbert_lite.checkpoint.weights import pick_dtype
+    from modernbert_lite.checkpoint.open import pick_dtype
 
     with pytest.raises(ValueError, match=f"'int8' is for the CPU, and the device is '{device}'"):
         pick_dtype("int8", torch.device(device))

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import modernbert_lite as ml
-from modernbert_lite.checkpoint.weights import find_checkpoint
+from modernbert_lite.checkpoint.hub import find_checkpoint
 from modernbert_lite.models.modernbert import MaskedLM
 from modernbert_lite.ops import pooling
 from modernbert_lite.pipeline.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def find_model(name: str) -> Path | None:
             if (path / "config.json").is_file():
                 return path
     try:
-        folder = find_checkpoint(name, local_files_only=True)
+        folder = find_checkpoint(name, local_files_only=True).root
     except CheckpointError:
         return None
     return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None

@@ -19,7 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from modernbert_lite.checkpoint import weights
+from modernbert_lite.checkpoint import hub as hub_files
+from modernbert_lite.checkpoint.folder import Folder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the client forks")
 
@@ -212,7 +213,7 @@ def run(client, hub, tmp_path):
     return run
 
 
-FIND = "from modernbert_lite.checkpoint.weights import find_checkpoint; result = str(find_checkpoint(repo, **options))"
+FIND = "from modernbert_lite.checkpoint.hub import find_checkpoint; result = str(find_checkpoint(repo, **options).root)"
 LOAD = """
 import modernbert_lite
 model = modernbert_lite.load_model(repo, **options)
@@ -628,10 +629,10 @@ def test_a_snapshot_without_a_module_s_settings_is_not_complete(make_checkpoint,
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: object())  # known not to be there
     modules = [("", "sentence_transformers.models.Transformer"), ("1_Part", f"sentence_transformers.models.{kind}")]
     (folder / "modules.json").write_text(json.dumps([{"path": path, "type": name} for path, name in modules]))
-    assert not weights._is_complete(folder, "some/model")
+    assert not hub_files._is_complete(Folder(folder), "some/model")
     (folder / "1_Part").mkdir()
     (folder / "1_Part" / "config.json").write_text("{}")
-    assert weights._is_complete(folder, "some/model")
+    assert hub_files._is_complete(Folder(folder), "some/model")
 
 
 # --- adapters and other weights in a repository

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import modernbert_lite as ml
 from modernbert_lite import CheckpointError
+from modernbert_lite.checkpoint.folder import Folder
 from modernbert_lite.checkpoint.sentence import read_sentence_config
 from modernbert_lite.late_interaction import LateInteraction, maxsim
 
@@ -412,7 +413,7 @@ def test_randomly_changed_settings_are_read_or_refused(pylate):
         config |= {rng.choice(list(config)): rng.choice(values) for _ in range(2)}
         (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
         try:
-            read_sentence_config(folder)
+            read_sentence_config(Folder(folder))
         except CheckpointError:
             continue
 
@@ -421,7 +422,7 @@ def test_modules_that_it_does_not_know_are_refused_by_name(pylate):
     folder = pylate()
     write_modules(folder, ("", OLD + "Transformer"), ("1_Pooling", OLD + "Pooling"))
     with pytest.raises(CheckpointError, match=r"Pooling' is not supported; known: .*MultiVectorMask"):
-        read_sentence_config(folder)
+        read_sentence_config(Folder(folder))
 
 
 def test_padding_outside_the_vocabulary_is_refused(make_checkpoint):

@@ -11,6 +11,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 import modernbert_lite as ml
+from modernbert_lite.checkpoint.folder import Folder
 from modernbert_lite.checkpoint.weights import load_weights
 from modernbert_lite.models.modernbert import FULL, SLIDING, ModernBert, ModernBertConfig
 from modernbert_lite.ops import cpu
@@ -362,7 +363,14 @@ def test_the_weights_may_be_changed_after_a_forward_pass(make):
     batch = ml.pack(sequences([66, 3]))
     before = model(batch)
     model.layers[1].mlp.Wi.weight.mul_(1.5)
-    fresh = load_weights(ModernBert, ml.read_config(folder), folder, packed=False)
+    fresh = load_weights(
+        ModernBert,
+        ml.read_config(folder),
+        Folder(folder),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        packed=False,
+    )
     fresh.layers[1].mlp.Wi.weight.data.mul_(1.5)
     assert difference(model(batch), before) > 1e-3
     assert difference(model(batch), fresh(batch)) <= 1e-6

@@ -135,7 +135,13 @@ INSIDE = {
         {"graphs"},
     ],
     "models": [{"fields", "rope"}, {"layers"}, {"gte", "modernbert"}, {"registry"}],
-    "checkpoint": [{"foreign", "settings", "sparse"}, {"names"}, {"weights"}, {"sentence"}],
+    "checkpoint": [
+        {"foreign", "modules", "names"},
+        {"folder"},
+        {"hub", "settings", "sparse", "weights"},
+        {"dense", "sentence"},
+        {"open"},
+    ],
     "pipeline": [{"prompts", "tokenizer_files", "vectors"}, {"tokenizer"}, {"inputs"}, {"base", "sparse"}],
     "cli": [{"console"}, {"inputs", "outputs"}, {"about", "writers"}, {"commands"}],
 }

@@ -13,9 +13,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.similarity import SimilarityFunction
 
 import modernbert_lite as ml
-from modernbert_lite.checkpoint.sentence import score_activation
-from modernbert_lite.checkpoint.weights import network_folder
-from modernbert_lite.pipeline.base import Checkpoint
+from modernbert_lite.checkpoint.dense import score_activation
+from modernbert_lite.checkpoint.folder import Folder
+from modernbert_lite.checkpoint.open import Checkpoint
 
 TEXTS = ["The ferry leaves at NINE.", "", "a [MASK] and a [SEP]", "tide and boats " * 12, "naïve 図書館 🙂"]
 ST = "sentence_transformers.models."
@@ -496,7 +496,7 @@ def test_a_network_of_a_class_of_its_own_is_refused_and_names_no_folder(folder):
     write(folder / "modules.json", modules)
     with pytest.raises(ml.CheckpointError, match=r"custom_st\.Transformer' .a class of its own"):
         ours(folder)
-    assert network_folder(folder) == folder
+    assert Folder(folder).network == folder
 
 
 def test_modules_of_one_name_and_an_empty_list_are_refused(folder):

@@ -19,10 +19,11 @@ from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from modernbert_lite import CheckpointError, Embedder, FillMask, LateInteraction, OptionError, Reranker
-from modernbert_lite.checkpoint import weights as weights_of
+from modernbert_lite.checkpoint import hub
+from modernbert_lite.checkpoint.folder import Folder
+from modernbert_lite.checkpoint.open import Checkpoint
 from modernbert_lite.cli.about import describe
 from modernbert_lite.pipeline import sparse
-from modernbert_lite.pipeline.base import Checkpoint
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the a cat sat on mat dog ##s run ##ning in park capital of france is paris ? ,"
 VOCABULARY = {word: i for i, word in enumerate(WORDS.split())}
@@ -437,7 +438,7 @@ def test_what_is_fetched_from_the_hub_is_all_that_it_needs(save, tmp_path, monke
     """And a cache of an older version, which didn't fetch the router's files, is not complete."""
     folder = save(routed=True)
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    for name in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=weights_of._NEEDED_PATTERNS):
+    for name in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=hub._NEEDED_PATTERNS):
         (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / name, tmp_path / "cache" / name)
     mine, fetched = (Embedder.from_pretrained(place) for place in (folder, tmp_path / "cache"))
@@ -445,15 +446,15 @@ def test_what_is_fetched_from_the_hub_is_all_that_it_needs(save, tmp_path, monke
     assert fetched.encode_sparse(TEXTS) == mine.encode_sparse(TEXTS)
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: object())  # no other file exists
-    assert weights_of._is_complete(tmp_path / "cache", "some/model")
+    assert hub._is_complete(Folder(tmp_path / "cache"), "some/model")
     for part in ("document_1_SpladePooling/config.json", "query_0_SparseStaticEmbedding/config.json"):
         (tmp_path / "cache" / part).rename(tmp_path / "aside")
-        assert not weights_of._is_complete(tmp_path / "cache", "some/model")
+        assert not hub._is_complete(Folder(tmp_path / "cache"), "some/model")
         (tmp_path / "aside").rename(tmp_path / "cache" / part)
     for path in (tmp_path / "cache" / "document_0_Transformer").iterdir():
         shutil.copy(path, tmp_path / "cache")
     (tmp_path / "cache" / "router_config.json").unlink()
-    assert not weights_of._is_complete(tmp_path / "cache", "some/model")
+    assert not hub._is_complete(Folder(tmp_path / "cache"), "some/model")
 
 
 def test_older_names_of_classes_open(save):
@@ -570,11 +571,13 @@ def test_query_weights_that_are_missing_or_misshapen_are_refused(save):
         ({"weight": torch.ones(len(VOCABULARY) + 1)}, r"\(24,\).* has .*\(25,\)"),
         ({"weight": torch.ones(len(VOCABULARY), 1)}, r"\(24, 1\)"),
         ({"weights": torch.ones(len(VOCABULARY))}, "weights"),
-        ({"weight": torch.full((len(VOCABULARY),), torch.nan)}, "NaN"),
     ]:
         save_file(bad, file)
         with pytest.raises(CheckpointError, match=message):
             Embedder.from_pretrained(folder)
+    save_file({"weight": torch.full((len(VOCABULARY),), torch.nan)}, file)
+    with pytest.raises(ValueError, match=r"^the result of text 1, str \('a cat'\), is not finite"):
+        Embedder.from_pretrained(folder).encode_sparse_query(["", "a cat"])
     file.unlink()
     with pytest.raises(CheckpointError, match=r"no model.safetensors in .*query_0_SparseStaticEmbedding"):
         Embedder.from_pretrained(folder)

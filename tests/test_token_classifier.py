@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from modernbert_lite import CheckpointError, Embedder, OptionError, Reranker, TokenClassifier
-from modernbert_lite.pipeline.base import Checkpoint
+from modernbert_lite.checkpoint.open import Checkpoint
 from modernbert_lite.pipeline.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import modernbert_lite as ml
 from modernbert_lite import CheckpointError
-from modernbert_lite.checkpoint.weights import load_weights, pick_device, pick_dtype
+from modernbert_lite.checkpoint.folder import Folder
+from modernbert_lite.checkpoint.open import pick_device, pick_dtype
+from modernbert_lite.checkpoint.weights import load_weights
 from modernbert_lite.models.modernbert import MaskedLM, ModernBert, SequenceClassifier, TokenClassifier
 from modernbert_lite.models.registry import read_config
 
@@ -156,7 +158,9 @@ def test_both_prefixes_load_in_every_class(make_checkpoint, architecture, with_p
 @pytest.mark.parametrize("architecture", list(CLASSES)[1:])
 def test_the_encoder_of_a_head_file_is_read_and_the_head_left_out(make_checkpoint, architecture):
     folder, _ = make_checkpoint(architecture, **SMALL_VOCAB)
-    model = load_weights(ModernBert, read_config(folder), folder, device="cpu")
+    model = load_weights(
+        ModernBert, read_config(folder), Folder(folder), device=torch.device("cpu"), dtype=torch.float32
+    )
     assert_holds(model, stored_values(folder), torch.float32)
     edit_config(folder, architectures=["ModernBertModel"])
     assert type(ml.load_model(folder)) is ModernBert

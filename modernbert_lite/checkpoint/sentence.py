@@ -6,28 +6,17 @@ Module classes are known by namespace (sentence_transformers., pylate.) and clas
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from ..ops.pooling import POOLING, normalize
-from ..reading import (
-    MAX_TOKENIZER_JSON_BYTES,
-    CheckpointError,
-    OptionError,
-    Reader,
-    inside,
-    optional_json,
-    read_json,
-    shown,
-)
+from ..ops.pooling import POOLING
+from ..reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, Reader, inside, shown
+from .folder import Folder
+from .modules import module_kind
 from .settings import Settings, own_settings, read_settings
-from .sparse import SparseConfig, module_kind, read_sparse
-from .weights import load_dense, network_folder, read_modules
+from .sparse import SparseConfig, read_sparse
 
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 LATE_SIMILARITIES = ("maxsim", "meanmaxsim")
@@ -50,23 +39,6 @@ _POOLING_KEYS = {
     *("pooling_mode", "include_prompt", *_OLD_POOLING_KEYS.values()),
     *("word_embedding_dimension", "embedding_dimension"),  # what the network's width says already
 }
-# Classes of torch.nn that are one function: nothing learned, nothing random, nothing to be given.
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "Identity": nn.Identity(),
-    "Sigmoid": nn.Sigmoid(),
-    "Tanh": nn.Tanh(),
-    "ReLU": nn.ReLU(),
-    "GELU": nn.GELU(),
-    "SiLU": nn.SiLU(),
-    **{
-        name: getattr(nn, name)()
-        for name in (
-            *("CELU", "ELU", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU", "LogSigmoid", "Mish"),
-            *("ReLU6", "SELU", "Softplus", "Softshrink", "Softsign", "Tanhshrink"),
-        )
-    },
-}
-_ACTIVATION_PLACES = ("torch.nn", "torch.nn.modules", "torch.nn.modules.activation", "torch.nn.modules.linear")
 
 
 @dataclass(frozen=True)
@@ -109,11 +81,11 @@ class SentenceConfig:
     late: Late | None = None  # of a late-interaction model only; its prompts are named "query" and "document"
 
 
-def read_sentence_config(folder: Path) -> SentenceConfig:
+def read_sentence_config(folder: Folder) -> SentenceConfig:
     """Raises CheckpointError for a module, pooling mode, similarity or setting that isn't known, naming it."""
     found: dict[str, Any] = {}
-    path = folder / "config_sentence_transformers.json"
-    texts = optional_json(path)
+    path = folder.root / "config_sentence_transformers.json"
+    texts = folder.optional_json(path)
     model_type = texts.get("model_type")
     if model_type is not None and model_type not in _MODEL_TYPES:
         raise CheckpointError(f"{path}: model_type is {shown(model_type)}; known: {', '.join(_MODEL_TYPES)}")
@@ -124,19 +96,17 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
     if pylate:
         words = texts.get("skiplist_words")
         mask["skiplist_words"] = list(string.punctuation) if words is None else words
-    found["settings"] = settings = read_settings(network_folder(folder), late)
+    found["settings"] = settings = read_settings(folder, late)
     # Of everything that a module makes: the modules that it takes from the network's output on, in order.
     made: dict[str, tuple[tuple[str, str], ...]] = {}
-    modules = read_modules(folder)
+    modules = folder.modules
     names = [module["name"] for module in modules if "name" in module]
     if len({str(name) for name in names}) < len(names):  # the last one of a name takes the place of the first there
         raise CheckpointError(f"modules.json: two modules have one name: {shown(names)}")
-    sparse = found["sparse"] = (
-        None if late else read_sparse(folder, modules, texts, own_settings(network_folder(folder))[1])
-    )
+    sparse = found["sparse"] = None if late else read_sparse(folder, texts, own_settings(folder)[1])
     for module in [] if sparse else modules:
         kind, place = module_kind(module), module.get("path", "")
-        where = inside(folder, place, "modules.json")
+        where = inside(folder.root, place, "modules.json")
         if kind == "Transformer" and module is modules[0]:
             made[settings.output] = ()
         elif kind == "Pooling" and not late:
@@ -144,18 +114,18 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
                 raise CheckpointError("modules.json: Pooling of what was pooled before is not supported")
             made["sentence_embedding"] = (*made["token_embeddings"], (kind, place))
         elif kind == "Dense":
-            source, target = _names(where, "token_embeddings" if late else "sentence_embedding")
+            source, target = _names(folder, where, "token_embeddings" if late else "sentence_embedding")
             made[target] = (*_taken(made, source, kind, place), (kind, place))
         elif kind == "LayerNorm" and not late:
             made["sentence_embedding"] = (*_taken(made, "sentence_embedding", kind, place), (kind, place))
         elif kind == "Dropout" and not late:
             _taken(made, "sentence_embedding", kind, place)  # nothing is dropped but in training
         elif kind == "Normalize":
-            source, target = _names(where, "sentence_embedding")
+            source, target = _names(folder, where, "sentence_embedding")
             if source in made:  # else it does nothing there, either
                 made[target] = (*made[source], (kind, place))
         elif kind == "MultiVectorMask" and late:
-            mask = read_json(where / "config.json")
+            mask = folder.json(where / "config.json")
         else:
             raise _unknown(module, late)
     found |= {"model_type": model_type, **_texts(path, texts, late, model_type)}
@@ -171,7 +141,7 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
         if "Pooling" not in kinds:
             raise CheckpointError(f"modules.json: {wanted!r} is made without Pooling, which is not supported")
         pooled = kinds.index("Pooling")
-        found["pooling"] = _pooling(folder / steps[pooled][1])
+        found["pooling"] = _pooling(folder, folder.root / steps[pooled][1])
         found["on_tokens"], steps = steps[:pooled], steps[pooled + 1 :]
     while steps and steps[-1][0] == "Normalize":
         found["normalize"], steps = True, steps[:-1]
@@ -181,7 +151,7 @@ def read_sentence_config(folder: Path) -> SentenceConfig:
         try:
             found["late"] = _late(texts if pylate else {}, settings.late, mask)
         except CheckpointError as error:
-            raise CheckpointError(f"{folder}: {error}") from None
+            raise CheckpointError(f"{folder.root}: {error}") from None
     return SentenceConfig(**found)
 
 
@@ -200,10 +170,10 @@ def _taken(
     return made[name]
 
 
-def _names(folder: Path, default: str) -> tuple[str, str]:
+def _names(files: Folder, folder: Path, default: str) -> tuple[str, str]:
     """What a Dense or Normalize module works on, and what it makes."""
     path = folder / "config.json"
-    config = optional_json(path)
+    config = files.optional_json(path)
     source, target = config.get("module_input_name", default), config.get("module_output_name")
     target = source if target is None else target
     if not isinstance(source, str) or not isinstance(target, str):
@@ -213,8 +183,8 @@ def _names(folder: Path, default: str) -> tuple[str, str]:
     return source, target
 
 
-def _pooling(folder: Path) -> Pooling:
-    config = read_json(folder / "config.json")
+def _pooling(files: Folder, folder: Path) -> Pooling:
+    config = files.json(folder / "config.json")
     if config.keys() - _POOLING_KEYS:
         raise CheckpointError(
             f"{folder}: Pooling's {shown(sorted(config.keys() - _POOLING_KEYS))} is not known; known: "
@@ -320,108 +290,13 @@ def _length(get: Reader, key: str) -> int | None:
     return None if get.raw.get(key) is None else get.whole(key, 1)
 
 
-def length_limit(sentence: SentenceConfig, folder: Path, max_position_embeddings: int) -> int:
-    """The repository's own limit, else the smaller of the tokenizer's (1e30 in some) and the model's."""
+def length_limit(files: Folder, folder: Path, sentence: SentenceConfig, max_position_embeddings: int) -> int:
+    """The repository's own limit, else the smaller of the tokenizer's (1e30 in some) and the model's. folder: of the
+    tokenizer."""
     if sentence.settings.max_seq_length is not None:
         return sentence.settings.max_seq_length
-    stored = optional_json(folder / "tokenizer_config.json", MAX_TOKENIZER_JSON_BYTES)
+    stored = files.optional_json(folder / "tokenizer_config.json", MAX_TOKENIZER_JSON_BYTES)
     limit = stored.get("model_max_length", stored.get("max_len"))  # its older name
     if isinstance(limit, (int, float)) and 0 < limit < max_position_embeddings:
         return int(limit)
     return max_position_embeddings
-
-
-def score_activation(name: object, error: type[ValueError] = CheckpointError) -> Callable[[Tensor], Tensor]:
-    """An activation that a file names as a class of torch ("torch.nn.modules.activation.Sigmoid"), or, with another
-    error than CheckpointError, that a user names, also by the last part in any case ("sigmoid").
-
-    A file's name without "torch." in front means no class: sentence-transformers warns and takes its default.
-    """
-    text = "Identity" if name is None else name if isinstance(name, str) else ""
-    place, _, last = text.rpartition(".")
-    known = _ACTIVATIONS
-    if not place and (error is not CheckpointError or name is None):
-        known, last = {key.lower(): function for key, function in _ACTIVATIONS.items()}, last.lower()
-    elif place not in _ACTIVATION_PLACES:
-        known = {}
-    if last not in known:
-        raise error(
-            f"activation function {shown(name)} is not supported; known: {', '.join(_ACTIVATIONS)}"
-            + (", of torch.nn, as in 'torch.nn.ReLU'" if error is CheckpointError else "")
-        )
-    return known[last]
-
-
-class Dense:
-    """A linear layer on sentence vectors, or on tokens': (B, in) -> (B, out), fp32."""
-
-    def __init__(self, folder: Path, device: torch.device):
-        config = read_json(folder / "config.json")
-        # sentence-transformers' default, where the key is absent, is Tanh.
-        name = config.get("activation_function", "torch.nn.modules.activation.Tanh")
-        try:
-            self.activation = score_activation(name)
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder}: {error}") from None
-        sizes = config.get("in_features"), config.get("out_features")
-        self.residual = bool(config.get("use_residual"))
-        expected: dict[str, tuple[Any, ...]] = {"linear.weight": (sizes[1], sizes[0])}
-        if config.get("bias", True):
-            expected["linear.bias"] = (sizes[1],)
-        if self.residual and sizes[0] != sizes[1]:
-            expected["residual.weight"] = (sizes[1], sizes[0])
-        self.tensors = load_dense(folder, expected, device)
-
-        self.in_features, self.out_features = int(sizes[0]), int(sizes[1])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.activation(nn.functional.linear(x, self.tensors["linear.weight"], self.tensors.get("linear.bias")))
-        if not self.residual:
-            return y
-        through = self.tensors.get("residual.weight")
-        return y + (x if through is None else nn.functional.linear(x, through))
-
-
-class Norm:
-    """A LayerNorm of sentence vectors: (B, C) -> (B, C), fp32. A module of cross-encoders such as ettin-reranker."""
-
-    def __init__(self, folder: Path, device: torch.device):
-        self.in_features = self.out_features = width = Reader(read_json(folder / "config.json")).whole("dimension", 1)
-        self.tensors = load_dense(folder, {"norm.weight": (width,), "norm.bias": (width,)}, device)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.layer_norm(x, x.shape[-1:], self.tensors["norm.weight"], self.tensors["norm.bias"])
-
-
-class Unit:
-    """A Normalize before other modules: (B, C) -> (B, C), rows of unit length."""
-
-    def __init__(self, width: int):
-        self.in_features = self.out_features = width
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return normalize(x)
-
-
-def on_vectors(
-    root: Path, modules: Iterable[tuple[str, str]], width: int, device: torch.device
-) -> list[Dense | Norm | Unit]:
-    """The modules that change vectors of `width`. Raises CheckpointError for one that gets another width."""
-    made: list[Dense | Norm | Unit] = []
-    for kind, path in modules:
-        if kind == "Normalize":
-            made.append(Unit(width))
-        else:
-            made.append(Norm(root / path, device) if kind == "LayerNorm" else Dense(root / path, device))
-        if made[-1].in_features != width:
-            raise CheckpointError(f"{path}: in_features is {made[-1].in_features}; it gets {width}")
-        width = made[-1].out_features
-    return made
-
-
-def finish(x: Tensor, dense: Sequence[Dense | Norm | Unit], unit: bool, truncate_dim: int | None) -> Tensor:
-    """Pooled (B, C) -> what the user gets: Dense layers, then cut to truncate_dim, then normalise."""
-    for layer in dense:
-        x = layer(x)
-    x = x[:, :truncate_dim]
-    return normalize(x) if unit else x

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..reading import CheckpointError, Reader, optional_json, shown
+from ..reading import CheckpointError, Reader, shown
+from .folder import Folder
 
 # sentence-transformers' order; the first that is there and not empty is read.
 NAMES = tuple(
@@ -77,8 +78,8 @@ class Settings:
     late: Mapping[str, Any] = field(default_factory=dict)  # lengths and expansion, of late interaction only
 
 
-def read_settings(folder: Path, late: bool) -> Settings:
-    """Of the folder of a network; late: whether the model is a late-interaction one. Raises CheckpointError for a key
+def read_settings(folder: Folder, late: bool) -> Settings:
+    """late: whether the model is a late-interaction one. Raises CheckpointError for a key
     or a value that can't be honoured, naming it and the file."""
     path, raw = own_settings(folder)
     try:
@@ -87,13 +88,13 @@ def read_settings(folder: Path, late: bool) -> Settings:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def own_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The file, as it is, of the folder of a network; empty where there is none."""
-    for path in (folder / name for name in NAMES):
-        raw: dict[str, Any] = optional_json(path)
+def own_settings(folder: Folder) -> tuple[Path, dict[str, Any]]:
+    """The file, as it is, beside the network; empty where there is none."""
+    for path in (folder.network / name for name in NAMES):
+        raw = folder.optional_json(path)
         if raw:
             return path, raw
-    return folder / NAMES[0], {}
+    return folder.network / NAMES[0], {}
 
 
 def _read(raw: dict[str, Any], late: bool) -> Settings:

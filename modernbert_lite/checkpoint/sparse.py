@@ -1,27 +1,22 @@
 """The files of a sparse encoder (SPLADE) of sentence-transformers: which modules give the weights of which texts.
 
-    modules.json                        MLMTransformer -> SpladePooling: one road for all texts
-    modules.json + router_config.json   Router: a road for documents (as above), and one for queries, which may be
-                                        SparseStaticEmbedding: a stored weight for each token, without a network
-
-Needs no torch, so that `modernbert-lite info` and error messages stay quick.
+modules.json                        MLMTransformer -> SpladePooling: one road for all texts
+modules.json + router_config.json   Router: a road for documents (as above), and one for queries, which may be
+                                    SparseStaticEmbedding: a stored weight for each token, without a network
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ..reading import CheckpointError, Reader, inside, is_there, read_json, shown
+from ..reading import CheckpointError, Reader, inside, shown
+from .folder import Folder
+from .modules import ROUTERS, SPARSE, Module, module_kind, part_of
 
-Module = dict[str, Any]  # {"type", "path", ..}, as in modules.json
 TASKS = ("query", "document")
-_LIBRARIES = ("sentence_transformers.", "pylate.")
 _NETWORKS = ("MLMTransformer", "Transformer")
-_SPARSE = ("MLMTransformer", "SpladePooling", "SparseStaticEmbedding", "SparseAutoEncoder")
-ROUTERS = ("Router", "Asym")  # Asym is its older name
 _KNOWN = (*ROUTERS, *_NETWORKS, "SpladePooling", "SparseStaticEmbedding")
 
 
@@ -58,38 +53,20 @@ class SparseConfig:
         return self.query, self.document, self.other
 
 
-def module_kind(module: Mapping[str, Any]) -> str:
-    """The class of a module: "Pooling" of "sentence_transformers.models.Pooling", whatever the version. "" for a class
-    of anybody else than sentence-transformers and PyLate: whatever its name, it is a repository's own code, which is
-    never run."""
-    name = module.get("type")
-    return name.rpartition(".")[2] if isinstance(name, str) and name.startswith(_LIBRARIES) else ""
-
-
-def expand(folder: Path, modules: Sequence[Module]) -> list[Module]:
-    """The modules, with those of a sparse encoder's Router in its place, their paths below `folder`."""
-    found: list[Module] = []
-    for module in modules:
-        place = module.get("path", "")
-        routed = module_kind(module) in ROUTERS and is_there(_router_config(folder, place))
-        inner = _routed(folder, place)["types"] if routed else {}
-        found += [_module(place, name, inner[name]) for name in inner] if inner else [module]
-    return found if any(module_kind(module) in _SPARSE for module in found) else list(modules)
-
-
-def read_sparse(
-    folder: Path, modules: Sequence[Module], texts: Mapping[str, Any], own: Mapping[str, Any]
-) -> SparseConfig | None:
+def read_sparse(folder: Folder, texts: Mapping[str, Any], own: Mapping[str, Any]) -> SparseConfig | None:
     """None for a model that is no sparse encoder. texts: config_sentence_transformers.json; own: the network's
     sentence_bert_config.json. Raises CheckpointError for what isn't known, naming it."""
+    modules = folder.modules
     if modules and module_kind(modules[0]) == "Router":  # elsewhere none is supported, whatever its file says
-        _routed(folder, modules[0].get("path", ""))
-    flat = expand(folder, modules)
+        folder.router(modules[0].get("path", ""))
+    flat = folder.parts
     kinds = [module_kind(module) for module in flat]
-    if not any(name in _SPARSE for name in kinds):
+    if not any(name in SPARSE for name in kinds):
         return None
     if "SparseAutoEncoder" in kinds:
-        raise CheckpointError(f"{folder}: SparseAutoEncoder is not supported: its numbers are no weights of tokens")
+        raise CheckpointError(
+            f"{folder.root}: SparseAutoEncoder is not supported: its numbers are no weights of tokens"
+        )
     for module, name in zip(flat, kinds, strict=True):
         if name not in _KNOWN:
             raise CheckpointError(
@@ -107,7 +84,7 @@ def read_sparse(
     task = own.get("transformer_task", usual)
     if task != "fill-mask":
         raise CheckpointError(
-            f"{folder}: transformer_task of the sparse encoder's network is {shown(task)}; it must be 'fill-mask'"
+            f"{folder.root}: transformer_task of the sparse encoder's network is {shown(task)}; it must be 'fill-mask'"
         )
     if module_kind(modules[0]) in ROUTERS:
         if len(modules) > 1:
@@ -121,11 +98,11 @@ def read_sparse(
     return SparseConfig(query, document, other, texts.get("max_active_dims"))
 
 
-def _road(folder: Path, modules: Sequence[Module], source: str) -> Splade | Static:
+def _road(folder: Folder, modules: Sequence[Module], source: str) -> Splade | Static:
     kinds = [module_kind(module) for module in modules]
     if kinds == ["SparseStaticEmbedding"]:
         place = modules[0].get("path", "")
-        inside(folder, place, source)
+        inside(folder.root, place, source)
         return Static(place)
     if len(kinds) != 2 or kinds[0] not in _NETWORKS or kinds[1] != "SpladePooling":
         names = ", ".join(str(module.get("type")) for module in modules)
@@ -133,8 +110,8 @@ def _road(folder: Path, modules: Sequence[Module], source: str) -> Splade | Stat
             f"{source}: a sparse encoder of {shown(names)} is not supported; it must be a masked language model "
             f"({' or '.join(_NETWORKS)}) and SpladePooling, or SparseStaticEmbedding alone"
         )
-    where = inside(folder, modules[1].get("path", ""), source) / "config.json"
-    get = Reader(read_json(where))
+    where = inside(folder.root, modules[1].get("path", ""), source) / "config.json"
+    get = Reader(folder.json(where))
     try:
         return Splade(
             get.choice("pooling_strategy", "max", ("max", "sum")),
@@ -144,16 +121,15 @@ def _road(folder: Path, modules: Sequence[Module], source: str) -> Splade | Stat
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def _roads(folder: Path, place: str) -> tuple[Splade | Static | None, ...]:
+def _roads(folder: Folder, place: str) -> tuple[Splade | Static | None, ...]:
     """Of queries, documents and other texts, as sentence-transformers' Router picks them: by `route_mappings`, by the
     task's name, then the default."""
-    raw = _routed(folder, place)
-    source = str(_router_config(folder, place))
+    raw, source = folder.router(place), str(folder.router_path(place))
     roads = {}
     for name, ids in raw["structure"].items():
         if not isinstance(ids, list) or not ids or any(item not in list(raw["types"]) for item in ids):
             raise CheckpointError(f"{source}: route {shown(name)} is {shown(ids)}; it must list keys of its types")
-        roads[name] = _road(folder, [_module(place, item, raw["types"][item]) for item in ids], source)
+        roads[name] = _road(folder, [part_of(place, item, raw["types"][item]) for item in ids], source)
     get = Reader(Reader(raw).mapping("parameters"))
     default = get.raw.get("default_route")
     if default is None and get.flag("allow_empty_key", True):
@@ -176,22 +152,3 @@ def _roads(folder: Path, place: str) -> tuple[Splade | Static | None, ...]:
         return None if name is None else roads[name]
 
     return pick("query"), pick("document"), pick(None)
-
-
-def _router_config(folder: Path, place: object) -> Path:
-    return inside(folder, place, "modules.json") / "router_config.json"
-
-
-def _routed(folder: Path, place: object) -> dict[str, Any]:
-    """The router's config: {"types": {place: class}, "structure": {route: [place, ..]}, "parameters": {..}}."""
-    path = _router_config(folder, place)
-    raw: dict[str, Any] = read_json(path)
-    for key in ("types", "structure"):
-        if not isinstance(raw.get(key), dict) or not raw[key]:
-            raise CheckpointError(f"{path}: {key} is {shown(raw.get(key))}; it must be an object of the router's parts")
-    return raw
-
-
-def _module(place: str, name: str, full_name: object) -> Module:
-    """A router's part, as modules.json would have it; "" lies where the router does."""
-    return {"type": full_name, "path": "/".join(filter(None, (place, name)))}

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..checkpoint.sentence import Late, length_limit
+from ..checkpoint.folder import open_safetensors
+from ..checkpoint.open import Checkpoint, pick_device, pick_dtype
+from ..checkpoint.sentence import Late
 from ..checkpoint.sparse import SparseConfig, Splade, Static
-from ..checkpoint.weights import open_safetensors, pick_device, pick_dtype, weight_files
 from ..models.fields import Config
 from ..ops.choose import OPS, backend
 from ..ops.threads import available, set_threads
-from ..pipeline.base import Checkpoint
 from ..reading import printable
 
 _SELF_CHECK_TEXTS = ["A man is playing a guitar.", "Someone plays an instrument.", "Stocks fell on Monday."]
@@ -34,7 +34,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
     checkpoint = Checkpoint.find(path_or_id, **hub)
     root, config, sentence = checkpoint.root, checkpoint.config, checkpoint.sentence
     stored, parameters = Counter[str](), 0
-    files = weight_files(checkpoint.folder)
+    files = checkpoint.files.weight_files(checkpoint.folder)
     for path in files:
         file = open_safetensors(path)
         for key in file.keys():  # noqa: SIM118  not a dict
@@ -55,7 +55,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
         "intermediate size": config.intermediate_size,
         "vocabulary": config.vocab_size,
         **config.facts(),
-        "max length": length_limit(sentence, checkpoint.folder, config.max_position_embeddings),
+        "max length": checkpoint.max_length,
         "pooling": "+".join(pooling.modes) if pooling else "none said",
         "dense": len(sentence.dense),
         "normalizes": sentence.normalize,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,19 @@ _USES = {
 }
 
 
-def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """`folder`/config.json, with the keys of `overrides` instead of its own. Raises CheckpointError for a missing,
-    malformed or unsupported one."""
+def read_config(
+    folder: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    read: Callable[[Path], Mapping[str, Any]] = read_json,
+) -> Config:
+    """`folder`/config.json, with the keys of `overrides` instead of its own. read: what parses the file. Raises
+    CheckpointError for a missing, malformed or unsupported one."""
     path = Path(folder) / "config.json"
     if not is_there(path):
         raise CheckpointError(f"no config.json in {folder}: not a checkpoint folder")
     try:
-        return config_of({**read_json(path), **(overrides or {})})
+        return config_of({**read(path), **(overrides or {})})
     except CheckpointError as error:
         also = f", with {', '.join(overrides)} of sentence_bert_config.json" if overrides else ""
         raise CheckpointError(f"{path}{also}: {error}") from None

@@ -10,8 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -19,13 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, PackedBatch, pack, plan_batches
-from ..checkpoint.sentence import SentenceConfig, length_limit, read_sentence_config
-from ..checkpoint.weights import find_checkpoint, load_weights, network_folder, stores
-from ..models.fields import Config
-from ..models.registry import read_config, use
+from ..checkpoint.open import Checkpoint
 from ..ops.graphs import MAX_TOKENS, Graphed
 from ..ops.threads import bound_tokenizer, set_threads
-from ..reading import CheckpointError, OptionError, as_whole, shown, warn, whole_number
+from ..reading import OptionError, as_whole, shown, warn, whole_number
 from .inputs import brief, keeping, length
 from .tokenizer import FirstCut, Text, Tokenizer
 
@@ -88,64 +83,6 @@ def keyworded(method: Callable[Args, Result]) -> Callable[Args, Result]:
 
 def _unknown(where: str, name: str, hints: dict[str, str]) -> TypeError:
     return TypeError(f"{where} has no option {shown(name)}" + (f": {hints[name]}" if name in hints else ""))
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder, opened as far as config files go."""
-
-    folder: Path  # of the network's files
-    root: Path  # of modules.json: the same, except in old repositories that have 0_Transformer/
-    config: Config
-    sentence: SentenceConfig
-
-    @classmethod
-    def find(cls, name: Any, **hub: Any) -> Checkpoint:
-        """hub: revision, token, local_files_only."""
-        root = find_checkpoint(name, **hub)
-        sentence = read_sentence_config(root)
-        folder = network_folder(root)
-        return cls(folder, root, read_config(folder, sentence.settings.config), sentence)
-
-    @property
-    def use(self) -> str:
-        """The class that opens it for its user: "Embedder", "FillMask", "LateInteraction", "TokenClassifier",
-        "Reranker", "load_model"; for a sequence classifier "Reranker or Classifier", the likelier one first: Reranker
-        for one label, and where sentence-transformers' CrossEncoder wrote the files."""
-        if self.sentence.late is not None:
-            return "LateInteraction"
-        if self.sentence.scores:
-            return "Reranker"
-        if self.sentence.sparse is not None:
-            return "Embedder"
-        if self.sentence.pooling:
-            return "Embedder"
-        name = use(self.config.architecture)
-        if name == "TokenClassifier" and self.sparse:
-            return "Embedder"
-        if name != "Classifier":
-            return name
-        scores = len(self.config.labels) == 1 or self.sentence.activation_fn or self.config.activation_fn
-        return "Reranker or Classifier" if scores else "Classifier or Reranker"
-
-    def architecture(self, end: str) -> str:
-        """The network's class. Where config.json names none, the one with this end, which what opens it needs, if the
-        file has the tensors of such a head, else the encoder."""
-        name = self.config.architecture
-        if self.config.names_architecture:
-            return name
-        classifier = stores(self.folder, "classifier.weight")
-        masked = not classifier and any(stores(self.folder, f"{head}.dense.weight") for head in ("head", "lm_head"))
-        return name.removesuffix("Model") + end if (masked if end == "ForMaskedLM" else classifier) else name
-
-    @property
-    def sparse(self) -> bool:
-        """Whether the encoder's tokens have sparse weights: by the config, and by the file, which may lack them."""
-        return self.config.sparse and stores(self.folder, "classifier.weight")
-
-    def refuse(self, wanted: str) -> CheckpointError:
-        """The error that it is no `wanted`."""
-        return CheckpointError(f"{self.root} holds a {self.config.architecture}, no {wanted}: use {self.use} for it")
 
 
 class Pipeline:
@@ -224,13 +161,14 @@ class Pipeline:
         self.on_long = on_long
         self.batch_tokens = CPU_BATCH_TOKENS if batch_tokens is None else batch_tokens
         config = checkpoint.config
-        longest = length_limit(checkpoint.sentence, checkpoint.folder, config.max_position_embeddings)
         self.config = config
-        longest = longest if max_seq_length is None else self._within_positions(max_seq_length)
+        longest = checkpoint.max_length if max_seq_length is None else self._within_positions(max_seq_length)
         own = checkpoint.sentence.settings
-        self.tokenizer = Tokenizer(checkpoint.folder, longest, own.lower_case, settings=own.tokenizer)
+        self.tokenizer = Tokenizer(
+            checkpoint.folder, longest, own.lower_case, settings=own.tokenizer, files=checkpoint.files
+        )
         self.typed = self.tokenizer.has_types and config.type_vocab_size > 1
-        self.model = load_weights(network, config, checkpoint.folder, device=device, dtype=dtype)
+        self.model = checkpoint.load(network, device, dtype)
         on_cpu = self.device.type == "cpu"
         if batch_tokens is None and not on_cpu:
             self.batch_tokens = GPU_BATCH_TOKENS

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import PackedBatch
+from ..checkpoint.folder import Folder
 from ..checkpoint.sentence import SentenceConfig, length_limit
 from ..checkpoint.sparse import Splade
 from ..checkpoint.weights import load_dense
@@ -70,19 +71,22 @@ class StaticWeights(nn.Module):
 
     weight: nn.Parameter
 
-    def __init__(self, root: Path, folder: Path):
-        """folder: in `root`; has a tokenizer of its own, and the weights in model.safetensors, or in the JSON file that
-        its config.json names, {token: weight}. Raises CheckpointError for weights that don't fit the tokenizer."""
+    def __init__(self, files: Folder, folder: Path):
+        """folder: in the checkpoint's; it has a tokenizer of its own, and the weights in model.safetensors, or in the
+        JSON file that its config.json names, {token: weight}. Raises CheckpointError for weights that don't fit the
+        tokenizer."""
         super().__init__()
-        self.max_length = length_limit(SentenceConfig(), folder, (1 << 31) - 1)
-        self.tokenizer = Tokenizer(folder, self.max_length)
+        self.max_length = length_limit(files, folder, SentenceConfig(), (1 << 31) - 1)
+        self.tokenizer = Tokenizer(folder, self.max_length, files=files)
         self.tokenizer.leave_out_template()
-        path = read_json(folder / "config.json").get("path")
+        path = files.json(folder / "config.json").get("path")
         if isinstance(path, str) and path.endswith(".json"):
-            weight = self._from_json(inside(root, (folder.relative_to(root) / path).as_posix(), "config.json"))
+            weight = self._from_json(
+                inside(files.root, (folder.relative_to(files.root) / path).as_posix(), "config.json")
+            )
         else:
             expected: dict[str, tuple[Any, ...]] = {"weight": (self.tokenizer.vocabulary_size,)}
-            weight = load_dense(folder, expected, torch.device("cpu"))["weight"]
+            weight = load_dense(files, folder, expected, torch.device("cpu"))["weight"]
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def _from_json(self, path: Path) -> Tensor:
@@ -103,7 +107,7 @@ class StaticWeights(nn.Module):
             if len(found) and int(found[-1]) >= len(self.weight):
                 raise CheckpointError(f"token {int(found[-1])} has no weight; there are {len(self.weight)}")
             weights = self.weight[found]
-            rows.append((found[weights != 0], weights[weights != 0]))
+            rows.append((found[weights != 0], weights[weights != 0]) if weights.isfinite().all() else None)
         return rows
 
 

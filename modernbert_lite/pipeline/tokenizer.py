@@ -14,6 +14,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer, Lowercase, Sequence
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
+from ..checkpoint.folder import Folder
 from ..reading import CheckpointError, OptionError, as_whole, shown
 from .tokenizer_files import no_panic, read_tokenizer
 
@@ -71,17 +72,19 @@ class Tokenizer:
         lower_case: bool = False,
         *,
         settings: Mapping[str, Any] | None = None,
+        files: Folder | None = None,
     ):
         """max_length: tokens a text or pair may have, special tokens included; longer ones are cut, the longer side of
         a pair first. lower_case: before the file's own normalizer (sentence-transformers' do_lower_case). settings:
-        keys that win over those of tokenizer_config.json (`tokenizer_args` of sentence_bert_config.json).
+        keys that win over those of tokenizer_config.json (`tokenizer_args` of sentence_bert_config.json). files: the
+        checkpoint, whose other files are read already.
 
         Raises CheckpointError for a missing or malformed tokenizer.json, OptionError for a max_length too small."""
-        files = read_tokenizer(folder, settings)
-        self._rust = files.rust
-        self.names, self.padding_side = files.names, files.padding_side
-        self._special_ids = frozenset(map(self._rust.token_to_id, (*files.names.values(), *files.extra)))
-        self._keeps_beginning, self._cleans_up = files.truncation_side == "right", files.cleans_up
+        read = read_tokenizer(folder, settings, files)
+        self._rust = read.rust
+        self.names, self.padding_side = read.names, read.padding_side
+        self._special_ids = frozenset(map(self._rust.token_to_id, (*read.names.values(), *read.extra)))
+        self._keeps_beginning, self._cleans_up = read.truncation_side == "right", read.cleans_up
         with no_panic(f"{folder / 'tokenizer.json'} can't be read"):
             own = self._rust.normalizer
             steps: list[Any] = list(iter(own)) if isinstance(own, Sequence) else [own] if own else []
@@ -90,7 +93,7 @@ class Tokenizer:
                 self._rust.normalizer = Sequence([Lowercase(), *steps])
             self._single, self._pair = self._template(is_pair=False), self._template(is_pair=True)
         # transformers gives a network no types where these aren't among model_input_names.
-        self.has_types = files.gives_types and any(kind for _, kind in self._single + self._pair)
+        self.has_types = read.gives_types and any(kind for _, kind in self._single + self._pair)
         self._long_words = self._words_without_pieces()
         self.max_length = max_length
         self._decoded: dict[int, str] = {}

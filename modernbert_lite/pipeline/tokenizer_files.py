@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
+from ..checkpoint.folder import Folder
 from ..reading import (
     MAX_TOKENIZER_BYTES,
     MAX_TOKENIZER_JSON_BYTES,
@@ -73,13 +74,15 @@ class TokenizerFiles:
     cleans_up: bool  # whether a decoded text loses the spaces before punctuation
 
 
-def read_tokenizer(folder: Path, given: Mapping[str, Any] | None = None) -> TokenizerFiles:
-    """given: keys that win over those of tokenizer_config.json, as keywords of AutoTokenizer.from_pretrained do.
+def read_tokenizer(folder: Path, given: Mapping[str, Any] | None = None, files: Folder | None = None) -> TokenizerFiles:
+    """given: keys that win over those of tokenizer_config.json, as keywords of AutoTokenizer.from_pretrained do. files:
+    the checkpoint that the folder belongs to, whose other files are read already.
 
     Raises CheckpointError for a missing or malformed file, naming it, and for a setting that isn't supported.
     """
     path, beside = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    stored = optional_json(beside, MAX_TOKENIZER_JSON_BYTES)
+    files = Folder(folder) if files is None else files
+    stored = files.optional_json(beside, MAX_TOKENIZER_JSON_BYTES)
     if not is_there(path):
         raise CheckpointError(_advice(folder, stored))
     content = read_bytes(path, MAX_TOKENIZER_BYTES)
@@ -88,7 +91,7 @@ def read_tokenizer(folder: Path, given: Mapping[str, Any] | None = None) -> Toke
     for name in _OLDER_FILES:  # also where tokenizer_config.json says all that they do, so that they aren't read
         is_there(folder / name)
     given = given or {}
-    kind = _class(folder, stored, beside)
+    kind = _class(files, folder, stored, beside)
     with no_panic(f"{path} can't be read", cache_advice(path)):
         made: dict[str, Any] = {}
         if kind == _WHOLE:
@@ -103,9 +106,9 @@ def read_tokenizer(folder: Path, given: Mapping[str, Any] | None = None) -> Toke
         return _apply(folder, kind, rust, made, _settings(folder, there, stored, given))
 
 
-def _class(folder: Path, stored: Mapping[str, Any], beside: Path) -> str:
+def _class(files: Folder, folder: Path, stored: Mapping[str, Any], beside: Path) -> str:
     """The class that AutoTokenizer takes."""
-    config = optional_json(folder / "config.json")
+    config = files.optional_json(folder / "config.json")
     auto, family = stored.get("auto_map"), config.get("model_type")
     own_code = isinstance(auto, list) or (isinstance(auto, dict) and auto.get("AutoTokenizer") is not None)
     if family == "modernbert" and not own_code:

@@ -1,0 +1,154 @@
+"""A model's name -> its network: on which device, in which dtype."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.fields import Config
+from ..models.registry import network_class, read_config, use
+from ..ops.threads import set_threads
+from ..reading import CheckpointError, OptionError
+from .folder import Folder
+from .hub import find_checkpoint
+from .sentence import length_limit, read_sentence_config
+from .weights import DTYPES, load_weights
+
+
+class Checkpoint:
+    """A folder, and what its config files say."""
+
+    def __init__(self, files: Folder):
+        files.refuse_adapter()
+        self.files = files
+        self.root, self.folder = files.root, files.network  # of modules.json; of the network's files, mostly the same
+        self.sentence = read_sentence_config(files)
+        self.config = read_config(self.folder, self.sentence.settings.config, read=files.json)
+
+    @classmethod
+    def find(cls, name: Any, **hub: Any) -> Checkpoint:
+        """hub: revision, token, local_files_only. Raises CheckpointError for a checkpoint that is missing, damaged or
+        unsupported."""
+        return cls(find_checkpoint(name, **hub))
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a text, as the files say."""
+        return length_limit(self.files, self.folder, self.sentence, self.config.max_position_embeddings)
+
+    def load(
+        self, network: type[nn.Module], device: str | torch.device | None, dtype: str | torch.dtype | None
+    ) -> nn.Module:
+        """The network with the checkpoint's weights, as `load_model` gives it."""
+        return _load(self.files, self.config, network, device, dtype)
+
+    @property
+    def use(self) -> str:
+        """The class that opens it for its user: "Embedder", "FillMask", "LateInteraction", "TokenClassifier",
+        "Reranker", "load_model"; for a sequence classifier "Reranker or Classifier", the likelier one first: Reranker
+        for one label, and where sentence-transformers' CrossEncoder wrote the files."""
+        if self.sentence.late is not None:
+            return "LateInteraction"
+        if self.sentence.scores:
+            return "Reranker"
+        if self.sentence.sparse is not None:
+            return "Embedder"
+        if self.sentence.pooling:
+            return "Embedder"
+        name = use(self.config.architecture)
+        if name == "TokenClassifier" and self.sparse:
+            return "Embedder"
+        if name != "Classifier":
+            return name
+        scores = len(self.config.labels) == 1 or self.sentence.activation_fn or self.config.activation_fn
+        return "Reranker or Classifier" if scores else "Classifier or Reranker"
+
+    def architecture(self, end: str) -> str:
+        """The network's class. Where config.json names none, the one with this end, which what opens it needs, if the
+        file has the tensors of such a head, else the encoder."""
+        name = self.config.architecture
+        if self.config.names_architecture:
+            return name
+        classifier = self.files.stores("classifier.weight")
+        masked = not classifier and any(self.files.stores(f"{head}.dense.weight") for head in ("head", "lm_head"))
+        return name.removesuffix("Model") + end if (masked if end == "ForMaskedLM" else classifier) else name
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the encoder's tokens have sparse weights: by the config, and by the file, which may lack them."""
+        return self.config.sparse and self.files.stores("classifier.weight")
+
+    def refuse(self, wanted: str) -> CheckpointError:
+        """The error that it is no `wanted`."""
+        return CheckpointError(f"{self.root} holds a {self.config.architecture}, no {wanted}: use {self.use} for it")
+
+
+def load_model(
+    path_or_id: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    packed: bool = True,
+) -> nn.Module:
+    """The bare network named by `architectures` (the encoder, if none is named), in eval mode, its weights frozen.
+
+    path_or_id: a folder with config.json and safetensors, a hub id such as "answerdotai/ModernBERT-base" (opened from
+    the cache without asking the network if it is there), or "tiny", the bundled model.
+    device: default CUDA if there is one, else the CPU. dtype: default float32 on the CPU, bfloat16 on CUDA (float16
+    where the card has no bfloat16); "int8", on the CPU: the layers' weights in 8 bits, a scale a row, the rest in
+    float32. packed: on the CPU, hold linear weights only as the CPU's matrix products want them
+    (ops.linear.PackedLinear), and the embedding table as the file stores it. False leaves plain tensors of one dtype,
+    for torch.compile, torch.export or an optimizer (after `requires_grad_(True)`); not for int8. Raises
+    CheckpointError for a checkpoint that is missing, damaged or unsupported.
+    """
+    set_threads(None)
+    files = find_checkpoint(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
+    files.refuse_adapter()
+    config = read_config(files.network, read=files.json)
+    return _load(files, config, network_class(config.architecture), device, dtype, packed)
+
+
+def _load(
+    files: Folder,
+    config: Config,
+    network: type[nn.Module],
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    packed: bool = True,
+) -> nn.Module:
+    picked = pick_device(device)
+    return load_weights(network, config, files, device=picked, dtype=pick_dtype(dtype, picked), packed=packed)
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or CUDA if there is one, else the CPU. Raises ValueError for a device that isn't there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.zeros(1, device=picked).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OptionError(f"device {str(device)!r} can't be used: {why}") from None
+    return picked
+
+
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """`dtype`, or what suits the device; int8 on the CPU only. Raises ValueError for one that isn't known."""
+    if dtype is None:
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    known = {**DTYPES, "int8": torch.int8}
+    picked = known.get(dtype) if isinstance(dtype, str) else dtype
+    if picked is None or picked not in known.values():
+        raise OptionError(f"dtype is {dtype!r}; it must be one of {', '.join(known)}")
+    if picked == torch.int8 and device.type != "cpu":
+        raise OptionError(f"dtype 'int8' is for the CPU, and the device is {str(device)!r}: use bfloat16 or float16")
+    return picked

@@ -76,13 +76,14 @@ class Bench:
     def __init__(self, name: str, shape: Shape, lengths: list[int], dtype: torch.dtype, options: Options) -> None:
         from modernbert_lite.kernels import attention, rope
         from modernbert_lite.ops import reference as ops  # not before TRITON_INTERPRET is decided
+        from modernbert_lite.ops.rope import Rope, rope_table
 
         self.ops, self.kernel, self.rope = ops, attention, rope
         self.name, self.shape, self.lengths, self.dtype, self.options = name, shape, lengths, dtype, options
         self.T, self.batch = sum(lengths), packed(lengths, options.device)
         self.first = self.batch.cu_seqlens[:-1].long()
         positions = torch.arange(max(lengths), device=options.device)
-        self.cos, self.sin = ops.rope_table(ops.Rope(10_000.0), shape.D, positions)
+        self.cos, self.sin = rope_table(Rope(10_000.0), shape.D, positions)
 
     def make(self) -> tuple[Tensor]:
         return (torch.randn(self.T, 3, self.shape.H, self.shape.D, device=self.options.device).to(self.dtype),)
@@ -99,7 +100,7 @@ class Bench:
         )  # fmt: skip
 
     def plain(self, qkv: Tensor, window: tuple[int, int]) -> Tensor:
-        return self.ops.attention(qkv, self.batch, window)
+        return self.ops.attention(qkv.flatten(1, 2), qkv.shape[2], self.batch, window)
 
     def truth(self, qkv: Tensor, window: tuple[int, int]) -> Tensor:
         return self.plain(qkv[:, :, [0, -1]], window)
@@ -146,7 +147,8 @@ class Bench:
         ours = self.ours(window)
 
         def plain(qkv: Tensor) -> Tensor:
-            return self.plain(self.ops.rope_(qkv, self.cos, self.sin, ids), window)
+            turned = self.ops.rope(qkv.flatten(1, 2), 2 * qkv.shape[2], (self.cos, self.sin, ids)).view_as(qkv)
+            return self.plain(turned, window)
 
         def in_memory(qkv: Tensor) -> Tensor:
             return ours(self.rope.rope_(qkv, self.cos, self.sin, ids))
@@ -170,7 +172,7 @@ class Bench:
             return qkv, qkv[self.first, 0].contiguous()
 
         providers = {
-            "torch": lambda qkv, q: self.ops.row_attention(q, qkv[:, 1:], self.batch),
+            "torch": lambda qkv, q: self.ops.row_attention(q, qkv[:, 1:].flatten(1, 2), self.first, self.batch),
             "triton": lambda qkv, q: self.kernel.row_attention(q, qkv[:, 1:], self.batch.cu_seqlens, check=False),
             "triton, all rows": lambda qkv, q: ours(qkv)[self.first],
         }

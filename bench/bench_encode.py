@@ -43,7 +43,7 @@ def setup(seed: int = 0) -> tuple[torch.nn.Module, torch.nn.Module]:
     from transformers import ModernBertConfig, ModernBertModel
 
     from modernbert_lite.models.modernbert import ModernBert
-    from modernbert_lite.ops.linear import Linear
+    from modernbert_lite.ops.linear import Linear, pack
 
     torch.manual_seed(seed)
     reference = ModernBertModel(ModernBertConfig(attn_implementation="sdpa")).eval()
@@ -51,7 +51,7 @@ def setup(seed: int = 0) -> tuple[torch.nn.Module, torch.nn.Module]:
     ours.load_state_dict(reference.state_dict())
     for layer in ours.modules():
         if isinstance(layer, Linear):
-            layer.pack()  # as load_model does
+            pack(layer)  # as load_model does
     return ours.eval().requires_grad_(False), reference.requires_grad_(False)
 
 

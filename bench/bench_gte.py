@@ -68,7 +68,7 @@ class Models:
     """A shape's networks with random weights, in fp32 until `convert`."""
 
     def __init__(self, shape: str, device: torch.device):
-        from modernbert_lite.models.heads import network_class
+        from modernbert_lite.models.registry import network_class
 
         self.configs, self.device = configs(shape), device
         torch.manual_seed(0)
@@ -81,14 +81,14 @@ class Models:
 
     def convert(self, dtype: torch.dtype) -> None:
         """As load_model leaves them: in the dtype, linear layers packed where that is faster."""
-        from modernbert_lite.ops.linear import Linear
+        from modernbert_lite.ops.linear import Linear, pack
 
         for model in (*self.ours.values(), *([self.theirs] if self.theirs else [])):
             for parameter in model.parameters():  # not .to(dtype): that would also round transformers' frequencies
                 parameter.data = parameter.data.to(dtype)
             for layer in model.modules():
                 if isinstance(layer, Linear):
-                    layer.pack()
+                    pack(layer)
 
     def providers(self, texts: list[Tensor]) -> dict[str, Run]:
         """All give the hidden states of the real tokens, (T, C)."""
@@ -116,6 +116,7 @@ def transformers_gte(ours: nn.Module, shape: dict[str, Any], device: torch.devic
     except ImportError:
         return None
     from modernbert_lite.checkpoint import names
+    from modernbert_lite.models import gte
 
     # Its class says NTK as a larger theta, and positions divided.
     theta, factor = NTK * shape["rope_theta"], NTK ** (2 / ours.config.head_dim)
@@ -125,7 +126,7 @@ def transformers_gte(ours: nn.Module, shape: dict[str, Any], device: torch.devic
         model = GteModel(GteConfig(**config, attn_implementation="sdpa"))
     state, theirs = ours.state_dict(), {}
     for key in model.state_dict():
-        _, name, piece, pieces = names._place(key, names.GTE)
+        _, name, piece, pieces = names._place(key, gte.NAMES)
         theirs[key] = state[name].chunk(pieces)[piece]
     model.load_state_dict(theirs)
     return model.eval().requires_grad_(False)

@@ -77,20 +77,24 @@ def truth_backward(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) 
 def cases(options: Options) -> Iterator[Case]:
     from modernbert_lite.kernels import rope as kernel
     from modernbert_lite.ops import reference as ops  # not before TRITON_INTERPRET is decided
+    from modernbert_lite.ops.rope import Rope, rope_table
+
+    def plain(x: Tensor, cos: Tensor, sin: Tensor, ids: Tensor) -> Tensor:
+        return ops.rope(x.flatten(1, 2), 2 * x.shape[2], (cos, sin, ids)).view_as(x)
 
     back = functools.partial(kernel.rope_, inverse=True)
     for dtype in options.torch_dtypes():
         for name, shape in options.shapes("base", "large", "small").items():
             for T in options.sizes(1024, 8192, 32768, 131072, smoke=13):
                 batch = packed(split(T, 5 if options.smoke else LENGTH), options.device)
-                rope = ops.Rope(10_000.0)
+                rope = Rope(10_000.0)
                 positions = torch.arange(max(LENGTH, batch.max_seqlen), device=options.device)
-                cos, sin = ops.rope_table(rope, shape.D, positions)
+                cos, sin = rope_table(rope, shape.D, positions)
 
                 def make(shape=shape, dtype=dtype, T=T, cos=cos, sin=sin, ids=batch.position_ids):
                     return torch.randn(T, 3, shape.H, shape.D, device=cos.device).to(dtype), cos, sin, ids
 
-                providers = {"torch": ops.rope_, "triton": kernel.rope_}
+                providers = {"torch": plain, "triton": kernel.rope_}
                 notes = {}
                 if options.compiles(name):
                     providers["torch.compile"] = compiled(in_place)
@@ -111,7 +115,7 @@ def cases(options: Options) -> Iterator[Case]:
                 size = traffic(T, shape.H, shape.D, dtype.itemsize)
                 yield Case(name, T, dtype, make, truth, providers, size, notes=notes, look=look)
                 if name == "base" and not options.tune:  # the backward pass: the same kernel, the sine negated
-                    providers = {"torch": lambda x, c, s, *p: ops.rope_(x, c, -s, *p), "triton": back}
+                    providers = {"torch": lambda x, c, s, *p: plain(x, c, -s, *p), "triton": back}
                     yield Case(name + " backward", T, dtype, make, truth_backward, providers, size, look=look)
 
 

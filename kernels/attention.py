@@ -120,6 +120,7 @@ def _attention_kernel(
     head_q,
     head_kv,
     head_out,
+    SHARED: tl.constexpr,  # heads of q that share a head of k and v
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     D: tl.constexpr,
@@ -139,8 +140,8 @@ def _attention_kernel(
     if first >= last:
         return
     q += head * head_q
-    k += head * head_kv
-    v += head * head_kv
+    k += head // SHARED * head_kv
+    v += head // SHARED * head_kv
     row = first + tl.arange(0, BLOCK_M)
     if ROPE:
         q1, q2 = _rotated(q, row, last, row - start, stride_q, cos, sin, P, D // 2, FLOAT)
@@ -247,13 +248,16 @@ def attention(
     cu_seqlens: Tensor,
     window_size: tuple[int, int] = (-1, -1),
     *,
+    heads: int | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     tile_table: Tensor | None = None,
     block: int | None = None,
     config: dict[str, int] | None = None,
 ) -> Tensor:
-    """Bidirectional attention inside each sequence: qkv (T, 3, H, D) -> (T, H, D), scaled by D^-0.5. Forward only.
+    """Attention inside each sequence: qkv (T, H + 2 Hkv, D) -> (T, H, D), scaled by D^-0.5, `heads` being H: the heads
+    of q, then of k, then of v, of which H / Hkv neighbours in q share one. Also (T, 3, H, D), without `heads`. Forward
+    only.
 
     qkv: fp16, bf16 or fp32 (products in full fp32), D one of 32, 64, 128, the last dimension contiguous.
     cu_seqlens (B + 1,) int32. Token i sees i - left to i + right of its own sequence, inclusive; -1 is unlimited.
@@ -264,8 +268,7 @@ def attention(
     config: BLOCK_N, num_warps, num_stages, to measure others.
     Raises ValueError, naming the argument, for what it can't do.
     """
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D)")
+    q, k, v = _split(qkv, heads)
     T = len(qkv)
     if not isinstance(window_size, (tuple, list)) or [type(side) for side in window_size] != [int, int]:
         raise ValueError(
@@ -277,12 +280,27 @@ def attention(
         lengths = [b - a for a, b in pairwise(values)]
         block = block or block_m(max(lengths), qkv.dtype, left >= 0 or right >= 0)
         tile_table = tiles(lengths, max(block, 1)).to(qkv.device)
-    q, k, v = qkv.unbind(1)
     return _launch(q, k, v, tile_table, block, left, right, cos, sin, config)
 
 
+def _split(qkv: Tensor, heads: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, H, D), (T, Hkv, D), (T, Hkv, D)."""
+    if heads is None:
+        if qkv.dim() != 4 or qkv.shape[1] != 3:
+            raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D), or (T, H + 2 Hkv, D) with heads")
+        q, k, v = qkv.unbind(1)
+        return q, k, v
+    shared = (qkv.shape[1] - heads) // 2 if qkv.dim() == 3 else 0
+    if shared < 1 or heads < 1 or heads + 2 * shared != qkv.shape[1] or heads % shared:
+        raise ValueError(
+            f"qkv is {tuple(qkv.shape)} and heads {heads}; it must be (T, H + 2 Hkv, D), H a multiple of Hkv"
+        )
+    return qkv[:, :heads], qkv[:, heads : heads + shared], qkv[:, heads + shared :]
+
+
 def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, check: bool = True) -> Tensor:
-    """One query a sequence, over all of its keys: q (B, H, D), kv (T, 2, H, D), cu_seqlens (B + 1,) int32 -> (B, H, D).
+    """One query a sequence, over all of its keys: q (B, H, D), kv (T, 2 Hkv, D), the heads of k, then of v, cu_seqlens
+    (B + 1,) int32 -> (B, H, D). Also kv (T, 2, H, D).
 
     As `attention` without a window. A sequence without keys gives zeros. check: bring cu_seqlens to the host, which
     waits for the device, and raise ValueError unless it starts at 0, never decreases and ends at T; without it no key
@@ -290,8 +308,14 @@ def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, check: bool = Tr
     """
     if cu_seqlens.dim() != 1:
         raise ValueError(f"cu_seqlens is {tuple(cu_seqlens.shape)}; it must be (B + 1,)")
-    if kv.dim() != 4 or kv.shape[1] != 2 or q.shape != (len(cu_seqlens) - 1, *kv.shape[2:]):
-        raise ValueError(f"q is {tuple(q.shape)}, kv {tuple(kv.shape)}; they must be (B, H, D) and (T, 2, H, D)")
+    if kv.dim() == 4 and kv.shape[1] == 2:
+        kv = kv.flatten(1, 2)
+    shared = kv.shape[1] // 2 if kv.dim() == 3 and kv.shape[1] % 2 == 0 else 0
+    if q.dim() != 3 or not shared or len(q) != len(cu_seqlens) - 1 or q.shape[2] != kv.shape[2] or q.shape[1] % shared:
+        raise ValueError(
+            f"q is {tuple(q.shape)}, kv {tuple(kv.shape)}; they must be (B, H, D) and (T, 2 Hkv, D), or (T, 2, H, D), "
+            "H a multiple of Hkv"
+        )
     if cu_seqlens.dtype != torch.int32 or q.dtype != kv.dtype:
         raise ValueError(
             f"cu_seqlens is {cu_seqlens.dtype}, q {q.dtype}, kv {kv.dtype}; int32 and one dtype are needed"
@@ -300,7 +324,7 @@ def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, check: bool = Tr
         check_cu_seqlens(cu_seqlens, len(kv))
     row = torch.arange(len(q), dtype=torch.int32, device=q.device)
     table = torch.stack([row, row + 1, cu_seqlens[:-1], cu_seqlens[1:]], 1)
-    k, v = kv.unbind(1)
+    k, v = kv.chunk(2, 1)
     block = 32 if q.dtype == torch.float32 else 64  # one row of it is used; the matrix units take no fewer
     return _launch(q, k, v, table, block, -1, -1, None, None, None)
 
@@ -364,6 +388,7 @@ def _launch(
             q.stride(1),
             k.stride(1),
             out.stride(1),
+            SHARED=H // k.shape[1],
             LEFT=left,
             RIGHT=right,
             D=D,
@@ -379,19 +404,26 @@ def _launch(
 
 
 @torch.library.custom_op("modernbert_lite::attention", mutates_args=())
-def attention_op(qkv: Tensor, cu_seqlens: Tensor, tile_table: Tensor, block: int, left: int, right: int) -> Tensor:
+def attention_op(
+    qkv: Tensor, cu_seqlens: Tensor, tile_table: Tensor, block: int, left: int, right: int, heads: int | None = None
+) -> Tensor:
     """`attention` for torch.compile, torch.export and autograd."""
-    return attention(qkv, cu_seqlens, (left, right), tile_table=tile_table, block=block)
+    return attention(qkv, cu_seqlens, (left, right), heads=heads, tile_table=tile_table, block=block)
 
 
 @torch.library.custom_op("modernbert_lite::attention_backward", mutates_args=())
-def attention_backward_op(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, left: int, right: int) -> Tensor:
+def attention_backward_op(
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, left: int, right: int, heads: int | None = None
+) -> Tensor:
     """The gradient of qkv, sequence by sequence in plain torch, O(S^2) memory: training takes torch's own varlen_attn
     where there is one, and this stands behind a compiled graph that asks for a gradient."""
     out = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+    all_q, all_k, all_v = _split(qkv, heads)
+    shared = all_q.shape[1] // all_k.shape[1]
     ends = cu_seqlens.tolist()
     for start, end in pairwise(ends):
-        q, k, v = qkv[start:end].float().permute(1, 2, 0, 3)  # (H, S, D)
+        q, k, v = (x[start:end].float().transpose(0, 1) for x in (all_q, all_k, all_v))  # (heads, S, D)
+        k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
         g = grad[start:end].float().transpose(0, 1)
         place = torch.arange(end - start, device=qkv.device)
         distance = place - place[:, None]
@@ -404,28 +436,30 @@ def attention_backward_op(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, left: i
         p = (q @ k.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1)
         dp = g @ v.mT
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        out[start:end] = torch.stack([ds @ k, ds.mT @ q, p.mT @ g]).permute(2, 0, 1, 3).to(qkv.dtype)
+        dk, dv = ((x @ y).unflatten(0, (-1, shared)).sum(1) for x, y in ((ds.mT, q), (p.mT, g)))
+        for part, d in zip(_split(out, heads), (ds @ k, dk, dv)):  # noqa: B905  always three
+            part[start:end] = d.transpose(0, 1).to(qkv.dtype)
     return out
 
 
 @attention_op.register_fake
-def _(qkv, cu_seqlens, tile_table, block, left, right):
-    return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
+def _(qkv, cu_seqlens, tile_table, block, left, right, heads=None):
+    return qkv.new_empty(qkv.shape[0], qkv.shape[2] if heads is None else heads, qkv.shape[-1])
 
 
 @attention_backward_op.register_fake
-def _(grad, qkv, cu_seqlens, left, right):
+def _(grad, qkv, cu_seqlens, left, right, heads=None):
     return qkv.new_empty(qkv.shape)
 
 
 def _save(ctx, inputs, output):
-    qkv, cu_seqlens, _, _, ctx.left, ctx.right = inputs
+    qkv, cu_seqlens, _, _, ctx.left, ctx.right, ctx.heads = inputs
     ctx.save_for_backward(qkv, cu_seqlens)
 
 
 def _backward(ctx, grad):
     qkv, cu_seqlens = ctx.saved_tensors
-    return attention_backward_op(grad, qkv, cu_seqlens, ctx.left, ctx.right), None, None, None, None, None
+    return attention_backward_op(grad, qkv, cu_seqlens, ctx.left, ctx.right, ctx.heads), *[None] * 6
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

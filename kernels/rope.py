@@ -56,29 +56,38 @@ def _rope_kernel(
 
 
 def rope_(
-    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None, *, inverse: bool = False
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    heads: int | None = None,
+    inverse: bool = False,
 ) -> Tensor:
-    """Rotates q and k of qkv (T, 3, H, D) in place and returns it; v stays. fp32 arithmetic. Also k of kv (T, 2, H, D),
-    and q alone (T, 1, H, D).
+    """Rotates the first `heads` heads of qkv (T, N, D) in place and returns it; the others stay. fp32 arithmetic. Also
+    q and k of (T, 3, H, D), k of (T, 2, H, D), q alone (T, 1, H, D), without `heads`.
 
     cos, sin (P, D / 2) fp32, contiguous: row t is token t's, or with position_ids (T,) int32 or int64 row
     position_ids[t] (values beyond the tables take their first or last row). D even. Split halves (NeoX): pair j is
     (x[j], x[j + D/2]). inverse: rotates back, which is also the backward pass (the sine negated).
     Raises ValueError, naming the argument, for what it can't do, a qkv that requires a gradient among it.
     """
-    if qkv.dim() != 4 or qkv.shape[1] not in (1, 2, 3):
+    if heads is None and (qkv.dim() != 4 or qkv.shape[1] not in (1, 2, 3)):
         raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D), or (T, 2, H, D), or (T, 1, H, D)")
+    if heads is not None and (qkv.dim() != 3 or not 0 <= heads <= qkv.shape[1]):
+        raise ValueError(f"qkv is {tuple(qkv.shape)} and heads {heads}; it must be (T, N, D), with at most N heads")
     if torch.is_grad_enabled() and qkv.requires_grad:
         raise ValueError("qkv requires a gradient, which a change in place would falsify: use rope_op")
-    T, parts, H, D = qkv.shape
-    turned = max(1, parts - 1)
+    T, D = qkv.shape[0], qkv.shape[-1]
+    # All turned heads are one row of them, or two: q's and k's.
+    turned, H = (1, heads) if heads is not None else (max(1, qkv.shape[1] - 1), qkv.shape[2])
     if qkv.dtype not in _DTYPES:
         raise ValueError(f"qkv has dtype {qkv.dtype}; it must be float16, bfloat16 or float32")
     if D % 2 or D == 0:
         raise ValueError(f"qkv has head_dim {D}; it must be even")
-    if qkv.stride(3) != 1:
+    if qkv.stride(-1) != 1:
         raise ValueError("qkv must have a contiguous last dimension")
-    if T * qkv.stride(0) >= 2**31 or qkv.stride(1) + H * qkv.stride(2) >= 2**31:
+    if T * qkv.stride(0) >= 2**31 or qkv.stride(1) + H * qkv.stride(-2) >= 2**31:
         raise ValueError(f"qkv spans {T} rows of {qkv.stride(0)} elements, 2^31 or more; split the batch")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dim() != 2 or table.shape[1] != D // 2 or table.dtype != torch.float32 or not table.is_contiguous():
@@ -101,7 +110,7 @@ def rope_(
             f"position_ids is {tuple(position_ids.shape)} {position_ids.dtype}; "
             f"it must be ({T},) int32 or int64, contiguous"
         )
-    if qkv.numel():
+    if qkv.numel() and H:
         grid = (triton.cdiv(T, BLOCK_T) * triton.cdiv(turned * H, BLOCK_H),)
         with torch.cuda.device_of(qkv):  # triton launches on the current device
             _rope_kernel[grid](
@@ -114,7 +123,7 @@ def rope_(
                 H,
                 qkv.stride(0),
                 qkv.stride(1),
-                qkv.stride(2),
+                qkv.stride(-2),
                 TURNED=turned,
                 HALF=D // 2,
                 PADDED=triton.next_power_of_2(D // 2),
@@ -127,26 +136,28 @@ def rope_(
 
 
 @torch.library.custom_op("modernbert_lite::rope", mutates_args=())
-def rope_op(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, inverse: bool) -> Tensor:
+def rope_op(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, inverse: bool, heads: int | None = None
+) -> Tensor:
     """`rope_` on a copy, for torch.compile, torch.export and autograd: its backward is itself with the sine negated.
     (An operator in place can't carry a gradient, and would lose it silently.)"""
     copy = qkv.clone(memory_format=torch.contiguous_format)
-    return rope_(copy, cos, sin, position_ids, inverse=inverse)
+    return rope_(copy, cos, sin, position_ids, heads=heads, inverse=inverse)
 
 
 @rope_op.register_fake
-def _(qkv, cos, sin, position_ids, inverse):
+def _(qkv, cos, sin, position_ids, inverse, heads=None):
     return qkv.new_empty(qkv.shape)
 
 
 def _save(ctx, inputs, output):
-    _, cos, sin, position_ids, ctx.inverse = inputs
+    _, cos, sin, position_ids, ctx.inverse, ctx.heads = inputs
     ctx.save_for_backward(cos, sin, position_ids)
 
 
 def _backward(ctx, grad):
     cos, sin, position_ids = ctx.saved_tensors
-    return rope_op(grad, cos, sin, position_ids, not ctx.inverse), None, None, None, None
+    return rope_op(grad, cos, sin, position_ids, not ctx.inverse, ctx.heads), None, None, None, None, None
 
 
 rope_op.register_autograd(_backward, setup_context=_save)

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from .embedder import Embedder
     from .fill_mask import FillMask
     from .late_interaction import LateInteraction
-    from .models.fields import GteConfig, ModernBertConfig, read_config
+    from .models.gte import GteConfig
+    from .models.modernbert import ModernBertConfig
+    from .models.registry import read_config
     from .ops.graphs import Graphed
-    from .ops.pooling import quantize_embeddings
+    from .pipeline.vectors import quantize_embeddings
     from .reading import CheckpointError, OptionError
     from .reranker import Reranker
     from .token_classifier import TokenClassifier
@@ -26,10 +28,10 @@ _HOME = {
     "Classifier": "classifier",
     "Embedder": "embedder",
     "FillMask": "fill_mask",
-    "GteConfig": "models.fields",
+    "GteConfig": "models.gte",
     "Graphed": "ops.graphs",
     "LateInteraction": "late_interaction",
-    "ModernBertConfig": "models.fields",
+    "ModernBertConfig": "models.modernbert",
     "OptionError": "reading",
     "PackedBatch": "batch",
     "Reranker": "reranker",
@@ -37,8 +39,8 @@ _HOME = {
     "from_padded": "batch",
     "load_model": "checkpoint.weights",
     "pack": "batch",
-    "quantize_embeddings": "ops.pooling",
-    "read_config": "models.fields",
+    "quantize_embeddings": "pipeline.vectors",
+    "read_config": "models.registry",
     "to_padded": "batch",
     "unpack": "batch",
 }

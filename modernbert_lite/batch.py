@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,15 +14,7 @@ from torch import Tensor
 
 # The most tokens in a batch, by default: a GPU needs many to be busy, a CPU keeps few in its caches.
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16_384, 4_096
-Function = TypeVar("Function", bound=Callable[..., Any])
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def constant(function: Function) -> Function:
-    """Marks what torch.compile may call once and keep the result of, as torch.compiler.assume_constant_result does; but
-    that imports the compiler (and triton), a second of every start."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch import PackedBatch
-from .models.heads import network_class
+from .models.registry import network_class
 from .pipeline.base import Checkpoint, Pipeline, keyworded, on_host
 from .pipeline.inputs import check_text, check_text_or_pair, keeping, length, listed
 from .pipeline.tokenizer import FirstCut, Text

@@ -15,14 +15,14 @@ from .batch import PackedBatch
 from .checkpoint.sentence import SIMILARITIES, USUAL_PROMPTS, Pooling, finish, on_vectors, similarity_name
 from .checkpoint.sparse import TASKS, Static
 from .checkpoint.weights import BUNDLED
-from .models.heads import GteTokenClassifier, encoder_class, masked_lm_class
+from .models.registry import encoder_class, head_class
 from .ops import pooling
-from .ops.pooling import PRECISIONS, check_ranges, no_range, quantize_embeddings
 from .pipeline import sparse
 from .pipeline.base import Checkpoint, Pipeline, keyworded, on_host, windows
 from .pipeline.inputs import Given, check_text, keeping, length, listed
 from .pipeline.prompts import Prompted
 from .pipeline.tokenizer import Text
+from .pipeline.vectors import PRECISIONS, check_ranges, floats, no_range, quantize_embeddings
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
 
 _OUTPUTS = ("sentence_embedding", "token_embeddings", None)
@@ -53,8 +53,8 @@ class Embedder(Prompted, Pipeline):
                 "1_Pooling/config.json. Its tokens are averaged, and unrelated texts will look alike"
             )
         self.sparse = checkpoint.sparse or self.splade is not None
-        network = GteTokenClassifier if checkpoint.sparse else encoder_class(checkpoint.config)
-        network = masked_lm_class(checkpoint.config) if self.splade else network
+        head = "ForMaskedLM" if self.splade else "ForTokenClassification" if checkpoint.sparse else None
+        network = head_class(checkpoint.config, head) if head else encoder_class(checkpoint.config)
         super().__init__(checkpoint, network, **options)
         self.prompts = sentence.prompts or {}
         self.default_prompt_name = sentence.default_prompt_name
@@ -410,7 +410,7 @@ def _gather(stream: Iterator[np.ndarray], given: Given, width: int) -> np.ndarra
 
 def _matrix(embeddings: Any) -> Tensor:
     """(N, D), float32; of one vector (1, D); of nothing (0, 0). Raises ValueError for more than two dimensions."""
-    array = pooling.floats(embeddings, "embeddings")
+    array = floats(embeddings, "embeddings")
     if array.ndim not in (1, 2):
         raise ValueError(f"embeddings have shape {array.shape}; it must be (N, dimension), or (dimension,) of one")
     rows = array.reshape((0, 0) if array.shape == (0,) else (-1, array.shape[-1]) if array.ndim == 1 else array.shape)

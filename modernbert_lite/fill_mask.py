@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .batch import PackedBatch
-from .models.heads import network_class
+from .models.registry import network_class
 from .pipeline.base import Checkpoint, Pipeline, keyworded
 from .pipeline.inputs import check_text, keeping, length, listed
 from .reading import CheckpointError, OptionError, shown, warn, whole_number

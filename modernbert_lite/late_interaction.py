@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .batch import PackedBatch, pack
 from .checkpoint.sentence import LATE_SIMILARITIES, USUAL_PROMPTS, finish, length_limit, on_vectors, similarity_name
-from .models.heads import encoder_class
-from .ops.pooling import floats
+from .models.registry import encoder_class
 from .pipeline.base import Checkpoint, Pipeline, keyworded
 from .pipeline.inputs import check_text, listed
 from .pipeline.prompts import Prompted
+from .pipeline.vectors import floats
 from .reading import CheckpointError, OptionError, whole_number
 
 # Of maxsim: the tokens of documents, and the dot products, that are in memory at a time, if one pair needs no more.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .batch import PackedBatch
 from .checkpoint.sentence import Pooling, SentenceConfig, finish, on_vectors, score_activation
-from .models.heads import encoder_class, network_class
+from .models.registry import encoder_class, network_class
 from .ops import pooling
 from .pipeline.base import Checkpoint, Pipeline, keyworded, on_host
 from .pipeline.inputs import Pair, brief, check_pair, check_text_or_pair, listed

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .batch import PackedBatch
-from .models.heads import network_class
+from .models.registry import network_class
 from .pipeline.base import Checkpoint, Pipeline, keyworded
 from .pipeline.inputs import keeping, length, listed
 from .pipeline.tokenizer import Span

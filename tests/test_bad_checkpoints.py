@@ -22,8 +22,8 @@ from modernbert_lite.checkpoint.sentence import read_sentence_config
 from modernbert_lite.checkpoint.weights import load_weights, open_safetensors, read_modules, weight_files
 from modernbert_lite.embedder import Embedder
 from modernbert_lite.fill_mask import FillMask
-from modernbert_lite.models.fields import read_config
 from modernbert_lite.models.modernbert import ModernBert
+from modernbert_lite.models.registry import read_config
 from modernbert_lite.pipeline.tokenizer import Tokenizer
 from modernbert_lite.reading import inside, read_json
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import modernbert_lite as ml
-from modernbert_lite.models.fields import Rope
-from modernbert_lite.ops import reference as ops
-from modernbert_lite.ops.linear import Linear
+from modernbert_lite.ops.choose import backend
+from modernbert_lite.ops.linear import Linear, PackedLinear
+from modernbert_lite.ops.rope import Rope
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ["--smoke", "--cases", "8x128"]
@@ -149,11 +149,11 @@ def test_the_options_are_enough_for_times_on_a_gpu(bench):
 def test_weights_are_held_as_load_model_holds_them(bench, dtype):
     models = bench.Models("smoke", torch.device("cpu"))
     models.convert(dtype)
-    packs = ops.backend("linear", torch.empty(0, dtype=dtype)) == "onednn"
+    packs = backend("linear", torch.empty(0, dtype=dtype)) == "onednn"
     for model in models.ours.values():
         linears = [layer for layer in model.modules() if isinstance(layer, Linear)]
         assert len(linears) >= 12
-        assert {ops.is_packed(layer.weight) for layer in linears} == {packs}
+        assert {isinstance(layer, PackedLinear) for layer in linears} == {packs}
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert {parameter.dtype for parameter in models.theirs.parameters()} == {dtype}
     assert models.theirs.rotary_emb.inv_freq.dtype == torch.float32

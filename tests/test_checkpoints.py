@@ -25,7 +25,7 @@ from tokenizers import models as tokenizer_models
 from torch.nn import functional as F
 
 import modernbert_lite as ml
-from modernbert_lite.models.heads import network_class
+from modernbert_lite.models.registry import network_class
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from modernbert_lite import CheckpointError, ModernBertConfig, read_config
-from modernbert_lite.models.fields import FULL, SLIDING, Rope
+from modernbert_lite.models.modernbert import FULL, SLIDING
+from modernbert_lite.ops.rope import Rope
 
 DATA = Path(__file__).parent / "data"
 LARGE = json.loads((DATA / "modernbert-tokenizer" / "config.json").read_text())  # ModernBERT-large's own, of 2024
@@ -307,9 +308,9 @@ def test_yarn_frequencies_and_factor_equal_transformers(given):
     got = read(raw).full_rope
     assert got.attention_factor == pytest.approx(factor, rel=1e-12)
 
-    from modernbert_lite.ops import reference as ops
+    from modernbert_lite.ops.rope import rope_table
 
-    cos, sin = ops.rope_table(got, 64, torch.arange(3))
+    cos, sin = rope_table(got, 64, torch.arange(3))
     angle = torch.atan2(sin[1].float(), cos[1].float())[:32]  # at position 1 the angles are the frequencies
     assert (angle - wanted).abs().max() < 1e-6
 

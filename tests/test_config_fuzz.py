@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import modernbert_lite as ml
-from modernbert_lite.models.fields import FULL, SLIDING
+from modernbert_lite.models.modernbert import FULL, SLIDING
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings

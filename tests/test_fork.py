@@ -7,8 +7,7 @@ import threading
 
 import pytest
 
-from modernbert_lite.ops import rope as rotary
-from modernbert_lite.ops import threads
+from modernbert_lite.ops import threads, tracing
 from modernbert_lite.reading import OptionError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -100,16 +99,16 @@ def test_a_lock_that_another_thread_held_is_new_in_the_child(monkeypatch):
     held, release = threading.Event(), threading.Event()
 
     def hold():
-        with rotary._making:
+        with tracing._making:
             held.set()
             release.wait(20)
 
     thread = threading.Thread(target=hold)
-    monkeypatch.setattr(rotary, "_making", rotary._making)  # put back afterwards
+    monkeypatch.setattr(tracing, "_making", tracing._making)  # put back afterwards
     thread.start()
     held.wait(20)
     threads._after_fork()
-    assert rotary._making.acquire(blocking=False)
+    assert tracing._making.acquire(blocking=False)
     release.set()
     thread.join()
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"

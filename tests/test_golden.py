@@ -22,7 +22,7 @@ import transformers
 
 import modernbert_lite as ml
 from modernbert_lite.checkpoint.weights import find_checkpoint
-from modernbert_lite.models.heads import MaskedLM
+from modernbert_lite.models.modernbert import MaskedLM
 from modernbert_lite.ops import pooling
 from modernbert_lite.pipeline.tokenizer import Tokenizer
 from modernbert_lite.reading import CheckpointError

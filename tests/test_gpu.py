@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 import modernbert_lite as ml
 from modernbert_lite.models.gte import Gte
-from modernbert_lite.ops import gpu, pooling
+from modernbert_lite.ops import choose, gpu, pooling
 from modernbert_lite.ops import reference as ops
+from modernbert_lite.ops.choose import OPS, backend_for
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -85,16 +86,16 @@ def test_amd_takes_the_kernels(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
 def test_other_dtypes_take_the_reference(monkeypatch, dtype):
     monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
-    assert {ops.backend(op, torch.zeros(1, dtype=dtype, device=DEVICE)) for op in ops.OPS} == {"torch"}
+    assert {choose.backend(op, torch.zeros(1, dtype=dtype, device=DEVICE)) for op in OPS} == {"torch"}
 
 
 def test_auto_on_a_cuda_device_is_triton_for_every_op_that_has_it(monkeypatch):
     monkeypatch.setattr(gpu, "works", lambda device: device.type == "cuda")
-    chosen = {op: ops._choose(op, torch.device("cuda", 0), torch.bfloat16) for op in ops.OPS}
+    chosen = {op: backend_for(op, torch.device("cuda", 0), torch.bfloat16) for op in OPS}
     assert chosen.pop("linear") == "torch"
     assert set(chosen.values()) == {"triton"}
     monkeypatch.setattr(gpu, "works", lambda device: False)
-    assert {ops._choose(op, torch.device("cuda", 0), torch.bfloat16) for op in ops.OPS} == {"torch"}
+    assert {backend_for(op, torch.device("cuda", 0), torch.bfloat16) for op in OPS} == {"torch"}
 
 
 def test_every_layer_takes_the_kernels(make_checkpoint, launches):
@@ -177,17 +178,17 @@ def test_gte_base_shape_on_a_gpu_by_the_2x_rule(tmp_path, monkeypatch, dtype):
 def test_an_activation_without_a_kernel_takes_the_reference(launches):
     x, weight = torch.randn(3, 8, device=DEVICE), torch.randn(10, 8, device=DEVICE)
     activated, gate = (x @ weight.T).chunk(2, -1)
-    assert torch.allclose(ops.gated_linear(x, weight, None, "relu"), activated.relu() * gate, atol=1e-5)
+    assert torch.allclose(ops.geglu(ops.linear(x, weight), "relu"), activated.relu() * gate, atol=1e-5)
     assert launches == []
 
 
 @pytest.mark.parametrize("head_dim", [8, 48])
 def test_head_dims_without_a_kernel_take_the_reference(launches, head_dim):
     batch = texts_batch(3, 9)
-    qkv = torch.randn(12, 3, 2, head_dim, device=DEVICE)
-    out = ops.attention(qkv, batch, (2, 2))
-    rows = ops.row_attention(qkv[[0, 3], 0], qkv[:, 1:], batch)
-    assert torch.allclose(rows, ops.attention(qkv, batch)[[0, 3]], atol=1e-5)
+    qkv, rows = torch.randn(12, 6, head_dim, device=DEVICE), torch.tensor([0, 3], device=DEVICE)
+    out = ops.attention(qkv, 2, batch, (2, 2))
+    got = ops.row_attention(qkv[rows, :2], qkv[:, 2:], rows, batch)
+    assert torch.allclose(got, ops.attention(qkv, 2, batch)[rows], atol=1e-5)
     assert torch.isfinite(out).all()
     assert "attention" not in launches
     assert "row_attention" not in launches
@@ -196,12 +197,12 @@ def test_head_dims_without_a_kernel_take_the_reference(launches, head_dim):
 def test_a_gradient_takes_operators_that_have_one(launches):
     """Attention in fp32 and LayerNorm: torch's own; RoPE and GeGLU: the kernels'."""
     batch, rotation = texts_batch(3, 9), (torch.rand(16, 16, device=DEVICE), torch.rand(16, 16, device=DEVICE))
-    qkv = torch.randn(12, 3, 2, 32, device=DEVICE, requires_grad=True)
-    turned = ops.rope_(qkv, *rotation, batch.position_ids)
+    qkv = torch.randn(12, 6, 32, device=DEVICE, requires_grad=True)
+    turned = ops.rope(qkv, 4, (*rotation, batch.position_ids))
     assert turned is not qkv
-    out = ops.attention(turned, batch, (2, 2)).flatten(1)
+    out = ops.attention(turned, 2, batch, (2, 2)).flatten(1)
     weight = torch.randn(2 * 24, 64, device=DEVICE, requires_grad=True)
-    y = ops.gated_linear(ops.layer_norm(out, torch.ones(64, device=DEVICE), None, 1e-5), weight, None, "gelu")
+    y = ops.geglu(ops.linear(ops.layer_norm(out, torch.ones(64, device=DEVICE), None, 1e-5), weight), "gelu")
     y.sum().backward()
     assert "attention" not in launches
     assert "layer_norm" not in launches
@@ -339,9 +340,9 @@ def test_the_kernels_own_functions_refuse_what_wants_a_gradient():
 def test_asking_for_triton_without_a_gpu_is_answered_once(monkeypatch):
     monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    ops._warn_of_no_gpu.cache_clear()
+    choose._warn_of_no_gpu.cache_clear()
     with pytest.warns(UserWarning, match="its kernels need a GPU.*on 'cpu'; using torch.*TRITON_INTERPRET=1") as seen:
-        assert {ops.backend(op, torch.zeros(1)) for op in ops.OPS} == {"torch"}
+        assert {choose.backend(op, torch.zeros(1)) for op in OPS} == {"torch"}
     assert len(seen) == 1
 
 
@@ -351,7 +352,8 @@ def test_exporting_first_decides_nothing_for_later(make_checkpoint, tmp_path):
     folder, _ = make_checkpoint(num_hidden_layers=1)
     program = f"""
 import torch, modernbert_lite as ml
-from modernbert_lite.ops import reference as ops
+from modernbert_lite.ops import choose
+from modernbert_lite.ops.choose import OPS
 model = ml.load_model({str(folder)!r}, device={DEVICE!r}, dtype="float32")
 class Encoder(torch.nn.Module):
     def __init__(self):
@@ -363,7 +365,7 @@ batch = ml.pack([[5, 6, 7], [8] * 9], {DEVICE!r})
 LENGTHS = () if TRITON else batch.seqlens
 torch.export.export(Encoder(), (batch.input_ids, batch.cu_seqlens, batch.position_ids), strict=False)
 x = batch.input_ids.float()
-print([ops.backend(op, x) for op in ops.OPS])
+print([choose.backend(op, x) for op in OPS])
 """
     found = {}
     for name in ("triton", "auto") if INTERPRETED else ("triton",):
@@ -372,9 +374,9 @@ print([ops.backend(op, x) for op in ops.OPS])
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found[name] = done.stdout
-    assert found["triton"].count("triton") == len(ops.OPS) - 1
+    assert found["triton"].count("triton") == len(OPS) - 1
     if INTERPRETED:
-        expected = [ops.backend(op, torch.zeros(1)) for op in ops.OPS]
+        expected = [choose.backend(op, torch.zeros(1)) for op in OPS]
         assert found["auto"].strip() == str(expected)
 
 

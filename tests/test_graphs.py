@@ -15,8 +15,8 @@ import torch
 import modernbert_lite as ml
 from modernbert_lite.models.gte import Gte
 from modernbert_lite.models.modernbert import ModernBert
-from modernbert_lite.ops import graphs, pooling
-from modernbert_lite.ops import reference as ops
+from modernbert_lite.ops import choose, gpu, graphs, pooling
+from modernbert_lite.ops.rope import Rope
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,7 +58,9 @@ def captures(monkeypatch):
         monkeypatch.setattr(graphs, "_can_capture", lambda device: True)
         monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
         # Padding is a matter of attention's tiles alone: the other kernels would only cost the interpreter's time.
-        monkeypatch.setattr(ops, "_FAST", {"attention": ("triton",)})
+        kept = {name: gpu.TWINS[name] for name in ("attention", "row_attention")}
+        monkeypatch.setattr(gpu, "TWINS", kept)
+        monkeypatch.setattr(gpu, "TRITON", tuple(kept))
     return made
 
 
@@ -141,6 +143,7 @@ def test_a_row_a_sequence(captures):
 
 
 # Positions for every text, though not for the bucket that a text is put in.
+BY_LENGTH = Rope(10_000.0, "dynamic", 2.0, original_max_position_embeddings=16)
 ABSOLUTE = {"position_embedding_type": "absolute", "max_position_embeddings": 72}
 
 
@@ -153,9 +156,7 @@ def small_gte(**config) -> Gte:
     return model.to(DEVICE).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize(
-    "config", [{"type_vocab_size": 2}, {"type_vocab_size": 0}, {"logn_attention_scale": True}, ABSOLUTE]
-)
+@pytest.mark.parametrize("config", [{"type_vocab_size": 2}, {"type_vocab_size": 0}, {"rope": BY_LENGTH}, ABSOLUTE])
 def test_a_gte_replay_equals_the_eager_result_with_token_types_and_without(captures, config):
     model = small_gte(**config)
     graphed = graphs.Graphed(model, lambda batch, mode: model(batch, pooling.rows(batch, [mode])))
@@ -375,7 +376,7 @@ def test_copies_and_pickles_begin_without_graphs(captures):
 
 
 def test_a_batch_on_another_device_is_left_to_the_network(captures, monkeypatch):
-    monkeypatch.setattr(ops, "_warn_of_no_gpu", lambda device: None)
+    monkeypatch.setattr(choose, "_warn_of_no_gpu", lambda device: None)
     graphed = graphs.Graphed(small_model(1))
     batch = batch_of(20).to("meta")
     for _ in range(3):

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 import modernbert_lite as ml
-from modernbert_lite.models.heads import ARCHITECTURES, network_class
+from modernbert_lite.models.registry import architectures, network_class
 
 VOCAB = 997
 LENGTHS = [65, 1, 130, 66, 66, 2, 31]
@@ -177,7 +177,7 @@ def test_heads_equal_transformers_on_every_cpu_backend(make, monkeypatch, backen
 def test_the_network_is_the_one_that_architectures_names(make):
     for architecture in ("ModernBertModel", MASKED_LM, SEQUENCE, TOKEN):
         model = ml.load_model(make(architecture, name=architecture)[0])
-        assert type(model) is ARCHITECTURES[architecture] is network_class(architecture)
+        assert type(model) is architectures()[architecture] is network_class(architecture)
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())
 

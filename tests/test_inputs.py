@@ -19,8 +19,8 @@ from modernbert_lite import (
 )
 from modernbert_lite.batch import pack
 from modernbert_lite.late_interaction import maxsim
-from modernbert_lite.ops.pooling import quantize_embeddings
 from modernbert_lite.pipeline.inputs import keeping
+from modernbert_lite.pipeline.vectors import quantize_embeddings
 
 TEXTS = ["a river", "two stones", "東京 naïve", "", "green house"]
 MASKED = [f"{text} [MASK]" for text in TEXTS]

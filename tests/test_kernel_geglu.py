@@ -39,7 +39,7 @@ def halves(T: int, N: int, dtype: torch.dtype, order: str) -> tuple[Tensor, Tens
 
 
 def exact(activated: Tensor, gate: Tensor, act: str) -> Tensor:
-    return ops.activation(act)(activated.double()) * gate.double()
+    return ops.ACTIVATIONS[act](activated.double()) * gate.double()
 
 
 def assert_within_twice(got: Tensor, plain: Tensor, truth: Tensor) -> None:
@@ -51,13 +51,13 @@ def assert_within_twice(got: Tensor, plain: Tensor, truth: Tensor) -> None:
 
 
 def assert_as_good_as_torch(got: Tensor, activated: Tensor, gate: Tensor, act: str) -> None:
-    assert_within_twice(got, ops.activation(act)(activated) * gate, exact(activated, gate, act))
+    assert_within_twice(got, ops.ACTIVATIONS[act](activated) * gate, exact(activated, gate, act))
 
 
 def gradients(grad: Tensor, activated: Tensor, gate: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """By autograd of the reference, in the arguments' dtype."""
     leaves = activated.detach().clone().requires_grad_(), gate.detach().clone().requires_grad_()
-    return torch.autograd.grad(ops.activation(act)(leaves[0]) * leaves[1], leaves, grad)
+    return torch.autograd.grad(ops.ACTIVATIONS[act](leaves[0]) * leaves[1], leaves, grad)
 
 
 def assert_gradients_as_good_as_torch(
@@ -384,7 +384,7 @@ def whole(T: int, N: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def reference(x: Tensor, act: str, swapped: bool) -> Tensor:
     activated, gate = x.chunk(2, -1)[:: -1 if swapped else 1]
-    return ops.activation(act)(activated) * gate
+    return ops.ACTIVATIONS[act](activated) * gate
 
 
 @pytest.mark.parametrize("act", ["gelu", "silu"])

@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 import modernbert_lite as ml
 from modernbert_lite.checkpoint.weights import load_weights
-from modernbert_lite.models.fields import FULL, SLIDING, ModernBertConfig
-from modernbert_lite.models.modernbert import ModernBert
+from modernbert_lite.models.modernbert import FULL, SLIDING, ModernBert, ModernBertConfig
 from modernbert_lite.ops import cpu
 from modernbert_lite.ops import reference as ops
+from modernbert_lite.ops.rope import rope_table
 
 VOCAB = 997  # small, so that a checkpoint is written and read in milliseconds
 LENGTHS = [1, 2, 63, 64, 65, 66, 127, 128, 129, 130, 257, 1025]
@@ -458,7 +458,7 @@ def test_local_attention_costs_the_window_not_the_length(make, monkeypatch, back
 
 def frequencies(rope, head_dim):
     """From the public table: the angles of position 1, and the length of (cos, sin)."""
-    cos, sin = ops.rope_table(rope, head_dim, torch.tensor([1]))
+    cos, sin = rope_table(rope, head_dim, torch.tensor([1]))
     return torch.atan2(sin, cos)[0], torch.hypot(cos, sin)[0]
 
 
@@ -476,7 +476,7 @@ def test_yarn_frequencies_and_attention_factor_are_the_known_ones():
 def test_rope_tables_are_fp32_and_exact_at_far_positions(make):
     config = ModernBertConfig()
     positions = torch.tensor([0, 1, 4095, 8191])
-    cos, sin = ops.rope_table(config.sliding_rope, 64, positions)
+    cos, sin = rope_table(config.sliding_rope, 64, positions)
     assert cos.dtype == sin.dtype == torch.float32
     exact = positions[:, None].double() * 10000.0 ** (-torch.arange(0, 64, 2).double() / 64)
     # fp32 angles: position x frequency is rounded at the 24th bit, up to 8191 x 2^-24 = 5e-4 (transformers' too).
@@ -488,8 +488,8 @@ def test_rope_turns_split_halves():
     """Dimension j is paired with j + D/2; v isn't turned; position 0 isn't either."""
     qkv = torch.zeros(2, 3, 1, 8)
     qkv[..., 1] = 1.0
-    cos, sin = ops.rope_table(ModernBertConfig().sliding_rope, 8, torch.tensor([0, 1]))
-    out = ops.rope_(qkv.clone(), cos, sin)
+    cos, sin = rope_table(ModernBertConfig().sliding_rope, 8, torch.tensor([0, 1]))
+    out = ops.rope(qkv.clone().flatten(1, 2), 2, (cos, sin, None)).unflatten(1, (3, 1))
     angle = 10000.0 ** (-2 / 8)
     expected = torch.zeros(8)
     expected[1], expected[5] = math.cos(angle), math.sin(angle)

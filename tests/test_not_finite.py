@@ -138,3 +138,27 @@ def test_embeddings_that_are_not_finite_are_not_quantised(precision, value):
     vectors[4_321, 3] = value
     with pytest.raises(ValueError, match=f"^embedding 4321 is not finite in {precision}"):
         quantize_embeddings(vectors, precision)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_a_damaged_weight_is_an_error_that_names_the_text_and_the_cause(small_folders, tmp_path, dtype):
+    folder = shutil.copytree(small_folders["dense"], tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("layers.0.mlp.Wo.weight"))
+    tensors[name][3, 3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = Embedder.from_pretrained(folder, device="cpu", dtype=dtype)
+    with pytest.raises(ValueError, match=r"^the result of text 2, .*green house.*, is not finite in \w+; .*damaged"):
+        model.encode(TEXTS)
+
+
+def test_a_weight_too_large_for_fp16_is_an_error_that_says_which_dtype_to_take(small_folders, tmp_path):
+    folder = shutil.copytree(small_folders["dense"], tmp_path / "large")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("layers.0.mlp.Wo.weight"))
+    tensors[name][3, 3] = 1e6
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert np.isfinite(Embedder.from_pretrained(folder, device="cpu").encode(TEXTS)).all()
+    model = Embedder.from_pretrained(folder, device="cpu", dtype="float16")
+    with pytest.raises(ValueError, match=r"is not finite in float16; .*65504.*dtype='float32' or 'bfloat16'"):
+        model.encode(TEXTS)

@@ -123,15 +123,23 @@ FOLDERS = [
     {"classifier", "embedder", "fill_mask", "late_interaction", "reranker", "token_classifier"},
     {"cli"},
 ]
-# Inside a folder the same. cpu and gpu stand aside: only what chooses may import them, lazily.
+# Inside a folder the same. cpu and gpu, the twins, stand aside: they see the operations whose twins they are, and only
+# what chooses may import them, lazily.
 INSIDE = {
-    "ops": [{"rope"}, {"reference", "threads"}, {"linear", "pooling"}, {"graphs"}],
-    "models": [{"rope"}, {"fields"}, {"modernbert"}, {"gte"}, {"heads"}],
+    "ops": [
+        {"tracing"},
+        {"choose", "onednn", "threads", "windows"},
+        {"rope"},
+        {"reference"},
+        {"linear", "pooling"},
+        {"graphs"},
+    ],
+    "models": [{"fields", "rope"}, {"layers"}, {"gte", "modernbert"}, {"registry"}],
     "checkpoint": [{"foreign", "settings", "sparse"}, {"names"}, {"weights"}, {"sentence"}],
-    "pipeline": [{"prompts", "tokenizer_files"}, {"tokenizer"}, {"inputs"}, {"base", "sparse"}],
+    "pipeline": [{"prompts", "tokenizer_files", "vectors"}, {"tokenizer"}, {"inputs"}, {"base", "sparse"}],
     "cli": [{"console"}, {"inputs", "outputs"}, {"about", "writers"}, {"commands"}],
 }
-ASIDE = {"ops.cpu": {"ops.reference"}, "ops.gpu": {"ops.reference", "ops.graphs"}, "kernels": {"ops.gpu"}}
+ASIDE = {"ops.cpu": {"ops.choose"}, "ops.gpu": {"ops.choose", "ops.graphs"}, "kernels": {"ops.gpu"}}
 
 
 def ranks(rows: list[set[str]]) -> dict[str, int]:
@@ -294,7 +302,7 @@ def test_the_core_stays_lite():
     """An alarm that asks for a thought, not a limit to game. A sum only says "too much", so each room has its own. The
     thought so far: what reads a stranger's files is half of the whole, because every key of transformers' and
     sentence-transformers' files is honoured or refused by name."""
-    alarms = {"ops": 2_000, "models": 1_250, "checkpoint": 1_700, "pipeline": 1_750, "cli": 1_400, "": 2_350}
+    alarms = {"ops": 1_950, "models": 1_300, "checkpoint": 1_700, "pipeline": 1_850, "cli": 1_350, "": 2_350}
     lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in CORE}
     for room, alarm in alarms.items():
         total = sum(count for name, count in lines.items() if (name.partition(".")[0] if "." in name else "") == room)

@@ -59,58 +59,18 @@ def test_without_affinity_the_machine_counts(monkeypatch, tmp_path):
     assert available(tmp_path) == 1
 
 
-V2, V1 = {"proc/self/cgroup": "0::/\n"}, "12:pids:/a\n4:cpu,cpuacct:/a/b\n1:name=systemd:/a\n0::/a\n"
-NESTED = {"proc/self/cgroup": "0::/a/b/c\n"}
+V1_QUOTA, V1_PERIOD = "sys/fs/cgroup/cpu/cpu.cfs_quota_us", "sys/fs/cgroup/cpu/cpu.cfs_period_us"
 QUOTAS = {
-    "version 2 in a container": ({**V2, "sys/fs/cgroup/cpu.max": "400000 100000\n"}, 4),
-    "rounded up": ({**V2, "sys/fs/cgroup/cpu.max": "250000 100000\n"}, 3),
-    "at least one": ({**V2, "sys/fs/cgroup/cpu.max": "1000 100000\n"}, 1),
-    "another period": ({**V2, "sys/fs/cgroup/cpu.max": "40000 20000\n"}, 2),
-    "more than there is": ({**V2, "sys/fs/cgroup/cpu.max": "9900000 100000\n"}, 16),
-    "version 2, none": ({**V2, "sys/fs/cgroup/cpu.max": "max 100000\n"}, 16),
-    "its own group": ({**NESTED, "sys/fs/cgroup/a/b/c/cpu.max": "300000 100000\n"}, 3),
-    "a group above": (
-        {
-            **NESTED,
-            "sys/fs/cgroup/a/b/c/cpu.max": "800000 100000\n",
-            "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
-            "sys/fs/cgroup/a/cpu.max": "500000 100000\n",
-        },
-        5,
-    ),
-    "a group beside": ({**NESTED, "sys/fs/cgroup/a/other/cpu.max": "100000 100000\n"}, 16),
-    "the host's path inside a container": ({**NESTED, "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
-    "a path out of the mount": (
-        {"proc/self/cgroup": "0::/../../x\n", "sys/fs/cgroup/cpu.max": "200000 100000\n", "sys/x/cpu.max": "1 1\n"},
-        2,
-    ),
-    "version 1": (
-        {
-            "proc/self/cgroup": V1,
-            "sys/fs/cgroup/cpu,cpuacct/a/b/cpu.cfs_quota_us": "350000\n",
-            "sys/fs/cgroup/cpu,cpuacct/a/b/cpu.cfs_period_us": "100000\n",
-        },
-        4,
-    ),
-    "version 1, a group above, mounted as cpu": (
-        {
-            "proc/self/cgroup": V1,
-            "sys/fs/cgroup/cpu/a/b/cpu.cfs_quota_us": "-1\n",
-            "sys/fs/cgroup/cpu/a/b/cpu.cfs_period_us": "100000\n",
-            "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "600000\n",
-            "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000\n",
-        },
-        6,
-    ),
-    "version 1, another controller": (
-        {
-            "proc/self/cgroup": "4:cpuset:/\n",
-            "sys/fs/cgroup/cpuset/cpu.cfs_quota_us": "100000\n",
-            "sys/fs/cgroup/cpuset/cpu.cfs_period_us": "100000\n",
-        },
-        16,
-    ),
-    "version 1, half": ({"proc/self/cgroup": V1, "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000\n"}, 16),
+    "version 2": ({"sys/fs/cgroup/cpu.max": "400000 100000\n"}, 4),
+    "rounded up": ({"sys/fs/cgroup/cpu.max": "250000 100000\n"}, 3),
+    "at least one": ({"sys/fs/cgroup/cpu.max": "1000 100000\n"}, 1),
+    "another period": ({"sys/fs/cgroup/cpu.max": "40000 20000\n"}, 2),
+    "more than there is": ({"sys/fs/cgroup/cpu.max": "9900000 100000\n"}, 16),
+    "version 2, none": ({"sys/fs/cgroup/cpu.max": "max 100000\n"}, 16),
+    "version 1": ({V1_QUOTA: "350000\n", V1_PERIOD: "100000\n"}, 4),
+    "version 1, none": ({V1_QUOTA: "-1\n", V1_PERIOD: "100000\n"}, 16),
+    "version 1, half": ({V1_QUOTA: "100000\n"}, 16),
+    "both": ({V1_QUOTA: "350000\n", V1_PERIOD: "100000\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
 }
 
 
@@ -139,24 +99,9 @@ GARBAGE = [
 @pytest.mark.parametrize("content", GARBAGE, ids=range(len(GARBAGE)))
 def test_what_can_not_be_understood_limits_nothing(tmp_path, processors, content):
     processors(16)
-    assert available(tree(tmp_path, {**V2, "sys/fs/cgroup/cpu.max": content})) == 16
-    for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"):
-        files = {"proc/self/cgroup": V1, f"sys/fs/cgroup/cpu/{name}": content}
-        assert available(tree(tmp_path / name, files)) == 16
-
-
-@pytest.mark.parametrize(
-    "content", ["", "::", "nonsense\n\n:\n0\n", "0::" + "/a" * 200, "0::/a\0b\n", b"\xff"], ids=range(6)
-)
-def test_an_odd_list_of_groups_is_no_failure(tmp_path, processors, content):
-    processors(16)
-    assert available(tree(tmp_path, {"proc/self/cgroup": content})) == 16
-
-
-def test_a_good_line_after_odd_ones_counts(tmp_path, processors):
-    processors(16)
-    files = {"proc/self/cgroup": "nonsense\n\n0::/\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}
-    assert available(tree(tmp_path, files)) == 2
+    assert available(tree(tmp_path, {"sys/fs/cgroup/cpu.max": content})) == 16
+    for name in (V1_QUOTA, V1_PERIOD):
+        assert available(tree(tmp_path / name, {name: content})) == 16
 
 
 @LINUX

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 import modernbert_lite as ml
 from modernbert_lite import CheckpointError
 from modernbert_lite.checkpoint.weights import load_weights, pick_device, pick_dtype
-from modernbert_lite.models.fields import read_config
-from modernbert_lite.models.heads import MaskedLM, SequenceClassifier, TokenClassifier
-from modernbert_lite.models.modernbert import ModernBert
+from modernbert_lite.models.modernbert import MaskedLM, ModernBert, SequenceClassifier, TokenClassifier
+from modernbert_lite.models.registry import read_config
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CLASSES = {
@@ -305,7 +304,7 @@ def grown_memory(small, large, dtype):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
-def test_a_16_bit_embedding_table_is_checked_and_not_held(vocabulary_heavy_fp16, make_checkpoint, dtype):
+def test_a_16_bit_embedding_table_is_not_held(vocabulary_heavy_fp16, make_checkpoint, dtype):
     small, _ = make_checkpoint(**SMALL_VOCAB, num_hidden_layers=1, name="small")
     size = (vocabulary_heavy_fp16 / "model.safetensors").stat().st_size
     ratio = grown_memory(small, vocabulary_heavy_fp16, dtype) / size
@@ -465,40 +464,29 @@ def test_weights_that_are_stored_as_no_plain_float_are_refused(make_checkpoint, 
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("stored", DTYPES)
-def test_a_tensor_with_a_value_that_is_not_finite_is_named(make_checkpoint, bad, stored):
+@pytest.mark.parametrize("name", ["layers.3.mlp.Wo.weight", "embeddings.tok_embeddings.weight", "final_norm.weight"])
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8"])
+def test_a_value_that_is_not_finite_shows_in_results(make_checkpoint, bad, name, dtype):
+    """Weights are mapped, not read through: the classes refuse such a result, and name the text (test_not_finite)."""
     folder, _ = make_checkpoint(**SMALL_VOCAB)
-    name = "layers.3.mlp.Wo.weight"
 
     def spoil(tensors):
-        tensors.update({k: v.to(DTYPES[stored]) for k, v in tensors.items()})
-        tensors[name][95, 143] = float(bad)
+        tensors[name].view(-1, tensors[name].shape[-1])[-1, 5] = float(bad)
 
     edit(folder, spoil)
-    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} holds 1 values that are NaN or infinite"):
-        ml.load_model(folder, device="cpu", dtype=stored)
+    last = SMALL_VOCAB["vocab_size"] - 1
+    got = ml.load_model(folder, device="cpu", dtype=dtype)(ml.pack([[5, last, 7]]))
+    assert not got.isfinite().all()
 
 
-def test_infinities_that_cancel_are_seen(make_checkpoint):
-    folder, _ = make_checkpoint(**SMALL_VOCAB)
-    name = "embeddings.tok_embeddings.weight"
-
-    def spoil(tensors):
-        tensors[name][5, 5], tensors[name][5, 6] = float("inf"), float("-inf")
-
-    edit(folder, spoil)
-    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} holds 2 values"):
-        ml.load_model(folder)
-
-
-def test_values_too_large_for_fp16_are_named_and_load_as_others(make_checkpoint):
+def test_values_too_large_for_fp16_load_as_others(make_checkpoint):
     folder, _ = make_checkpoint(**SMALL_VOCAB)
     name = "layers.2.attn.Wqkv.weight"
     edit(folder, lambda tensors: tensors[name][0, :1].fill_(70_000.0))
-    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} holds values too large for torch\.float16"):
-        ml.load_model(folder, dtype="float16")
-    assert ml.load_model(folder, dtype="bfloat16").layers[2].attn.Wqkv.weight[0, 0] == torch.tensor(70_000.0).bfloat16()
-    assert ml.load_model(folder, dtype="float32").layers[2].attn.Wqkv.weight[0, 0] == 70_000.0
+    weight = {d: ml.load_model(folder, dtype=d).layers[2].attn.Wqkv.weight[0, 0] for d in DTYPES}
+    assert weight["float16"].isinf()
+    assert weight["bfloat16"] == torch.tensor(70_000.0).bfloat16()
+    assert weight["float32"] == 70_000.0
 
 
 @pytest.mark.parametrize("others", [["pytorch_model.bin"], ["model.pt", "training_args.bin"], ["weights.ckpt"]])

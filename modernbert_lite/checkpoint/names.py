@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
 
-from ..models.gte import Gte
+from ..models.fields import Names
+from ..models.registry import family_of
 from ..reading import printable, shown
 
 Shape = tuple[int, ...]
 Source = tuple[Path, str]  # a file and the key in it
 
 
-@dataclass(frozen=True)
-class Names:
-    """What an architecture's tensors may be called. Without its prefix a name begins with one of `parts` in the
-    encoder, with one of `heads` above it."""
-
-    table: str  # of the words: every file of an encoder has it, once
-    prefixes: tuple[str, ...]
-    parts: tuple[str, ...]
-    heads: tuple[str, ...]
-    renames: Mapping[str, str] = field(default_factory=dict)  # patterns of other names
-    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a matrix, and those that it may be stored as
-
-
-# What an encoder passes over, as transformers does: a file may hold more than is opened.
-_HEADS = ("head", "decoder", "classifier", "pooler", "lm_head", "qa_outputs", "score", "cls")
 # What is no weight: transformers makes these from the config, whatever a file says of them (older versions, and code of
 # repositories, saved them), and a loss isn't needed.
 _DERIVED = re.compile(
@@ -51,28 +36,6 @@ _WRAPPERS = {
     "base_model": "PEFT",
 }
 
-MODERNBERT = Names(
-    table="embeddings.tok_embeddings.weight",
-    prefixes=("model.", ""),
-    parts=("embeddings", "layers", "final_norm"),
-    heads=_HEADS,
-)
-# transformers' GteModel has names of its own, though it saves Alibaba's ("new.gte.": a head that it loaded from there).
-GTE = Names(
-    table="embeddings.word_embeddings.weight",
-    prefixes=("new.gte.", "new.", "gte.", "model.", ""),
-    parts=("embeddings", "encoder", "layers"),
-    heads=_HEADS,
-    renames={
-        r"^layers\.": "encoder.layer.",
-        r"\.self_attn\.": ".attention.",
-        r"\.post_attention_layernorm\.": ".attn_ln.",
-        r"\.post_mlp_layernorm\.": ".mlp_ln.",
-        r"^lm_head\.layer_norm\.": "lm_head.norm.",
-    },
-    splits={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "up_gate_proj": ("up_proj", "gate_proj")},
-)
-
 
 def match(
     files: Mapping[Path, Mapping[str, Shape]], expected: Mapping[str, Shape], network: nn.Module
@@ -85,7 +48,7 @@ def match(
     of its names is taken off.
     """
     encoder = getattr(network, "model", network)
-    names = _names(network)
+    names = family_of(network).names
     wrapper = _wrapper([key for keys in files.values() for key in keys], names)
     found: dict[str, dict[tuple[int, int], Source]] = {}
     first_with: dict[str, str] = {}  # a prefix of the encoder's keys -> the first one that has it
@@ -133,7 +96,7 @@ def match(
 
 def advice(files: Mapping[Path, Mapping[str, Shape]], network: nn.Module) -> str:
     """What to do about names that `match` can't place, if they tell who has written them; else nothing."""
-    names, keys = _names(network), [key for keys in files.values() for key in keys]
+    names, keys = family_of(network).names, [key for keys in files.values() for key in keys]
     adapter = [key for key in keys if _ADAPTER.search(key)]
     if adapter:
         return (
@@ -162,10 +125,6 @@ def advice(files: Mapping[Path, Mapping[str, Shape]], network: nn.Module) -> str
         f"[s.save_file({{k.removeprefix('{prefix}'): v.clone() for k, v in s.load_file(f).items(){only}}}, f, "
         "{'format': 'pt'}) for f in glob.glob('model*.safetensors')]\")"
     )
-
-
-def _names(network: nn.Module) -> Names:
-    return GTE if isinstance(getattr(network, "model", network), Gte) else MODERNBERT
 
 
 def _before(keys: Iterable[str], table: str) -> list[str]:

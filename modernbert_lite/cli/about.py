@@ -20,9 +20,8 @@ from .. import __version__
 from ..checkpoint.sentence import Late, length_limit
 from ..checkpoint.sparse import SparseConfig, Splade, Static
 from ..checkpoint.weights import open_safetensors, pick_device, pick_dtype, weight_files
-from ..models.fields import FULL, GteConfig, ModernBertConfig
-from ..ops import reference as ops
-from ..ops.rope import Rope
+from ..models.fields import Config
+from ..ops.choose import OPS, backend
 from ..ops.threads import available, set_threads
 from ..pipeline.base import Checkpoint
 from ..reading import printable
@@ -55,7 +54,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
         "heads": f"{config.num_attention_heads} x {config.head_dim}",
         "intermediate size": config.intermediate_size,
         "vocabulary": config.vocab_size,
-        **(_of_modernbert(config) if isinstance(config, ModernBertConfig) else _of_gte(config)),
+        **config.facts(),
         "max length": length_limit(sentence, checkpoint.folder, config.max_position_embeddings),
         "pooling": "+".join(pooling.modes) if pooling else "none said",
         "dense": len(sentence.dense),
@@ -79,8 +78,8 @@ def _files(root: Path) -> dict[str, int]:
     return sizes
 
 
-def _global_layers(config: ModernBertConfig | GteConfig) -> int:
-    return config.layer_types.count(FULL) if isinstance(config, ModernBertConfig) else config.num_hidden_layers
+def _global_layers(config: Config) -> int:
+    return sum(config.window_size(layer) == (-1, -1) for layer in range(config.num_hidden_layers))
 
 
 def _calls(checkpoint: Checkpoint) -> str:
@@ -112,34 +111,6 @@ def _of_late(late: Late) -> dict[str, Any]:
     }
 
 
-def _of_modernbert(config: ModernBertConfig) -> dict[str, Any]:
-    half = config.local_attention // 2
-    full, sliding = _scaling(config.full_rope), _scaling(config.sliding_rope)
-    return {
-        "local window": f"{config.local_attention} ({half} on each side)",
-        "rope theta": f"{config.full_rope.theta:g} global, {config.sliding_rope.theta:g} local",
-        "rope type": full if full == sliding else f"{full} global, {sliding} local",
-        "activation": config.hidden_activation,
-    }
-
-
-def _of_gte(config: GteConfig) -> dict[str, Any]:
-    rope, rotary = config.rope, config.position_embedding_type == "rope"
-    return {
-        "positions": config.position_embedding_type,
-        "rope theta": f"{rope.theta:g}" if rotary else "none",
-        "rope type": _scaling(rope) if rotary else "none",
-        "activation": config.hidden_act,
-        "token types": config.type_vocab_size,
-        "layers' norms": config.layer_norm_type,
-    }
-
-
-def _scaling(rope: Rope) -> str:
-    mixed = "" if rope.mixed_b is None else f", mixed_b {rope.mixed_b:g}"
-    return rope.type if rope.type == "default" else f"{rope.type}, factor {rope.factor:g}{mixed}"
-
-
 def machine() -> dict[str, Any]:
     """Versions, devices, threads, and the backend that each operation takes here."""
     set_threads(None)
@@ -156,7 +127,7 @@ def machine() -> dict[str, Any]:
     facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     facts["dtype"] = str(pick_dtype(None, device)).removeprefix("torch.")
     x = torch.empty(1, dtype=pick_dtype(None, device), device=device)
-    facts |= {f"backend of {op}": ops.backend(op, x) for op in ops.OPS}
+    facts |= {f"backend of {op}": backend(op, x) for op in OPS}
     facts["MODERNBERT_LITE_BACKEND"] = os.environ.get("MODERNBERT_LITE_BACKEND", "not set (auto)")
     facts["C compiler for Triton"] = _compiler()
     facts["threads"] = f"{torch.get_num_threads()} of {available()} processors"

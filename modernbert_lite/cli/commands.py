@@ -266,7 +266,7 @@ def _embed(args: argparse.Namespace) -> None:
         raise OptionError(f"--output {args.output}: it is no regular file; send standard output there instead")
     records = _read(args)
     from ..embedder import Embedder
-    from ..ops.pooling import quantize_embeddings
+    from ..pipeline.vectors import quantize_embeddings
     from .writers import VectorWriter
 
     with VectorWriter(args.output, format) as writer:
@@ -305,7 +305,7 @@ def _cut_by_range(
 ) -> Any:
     """All vectors in int8 or uint8. After a failure the range of all is unknown: the finished rows go to NAME.partial
     in float32. (Not to standard output, whose reader expects whole numbers.)"""
-    from ..ops.pooling import quantize_embeddings
+    from ..pipeline.vectors import quantize_embeddings
 
     vectors: Any = ()
     try:

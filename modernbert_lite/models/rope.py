@@ -47,8 +47,9 @@ def read_rope(
     if rope_type == "default":
         return Rope(theta)
     if rope_type == "ntk":
-        mixed_b = None if read.raw.get("mixed_b") is None else read.number("mixed_b", 1.0)
-        return Rope(theta, "ntk", read.number("factor", 1.0), mixed_b=mixed_b)
+        if read.raw.get("mixed_b") is not None:  # no published checkpoint has it
+            raise CheckpointError(f"mixed_b is {shown(read.raw['mixed_b'])}, which is not supported: leave it out")
+        return Rope(theta, "ntk", read.number("factor", 1.0))
     if rope_type == "linear":
         return Rope(theta, "linear", read.number("factor", 1.0))
     if rope_type == "dynamic":
@@ -118,3 +119,8 @@ def _longrope_attention_factor(read: Reader, factor: float, original: int) -> fl
     if original == 1:
         raise CheckpointError("original_max_position_embeddings is 1, whose logarithm longrope divides by")
     return math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def describe_rope(rope: Rope) -> str:
+    """In a few words, for people."""
+    return rope.type if rope.type == "default" else f"{rope.type}, factor {rope.factor:g}"

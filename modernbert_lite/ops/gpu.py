@@ -1,4 +1,4 @@
-"""The Triton kernels behind `ops`, on CUDA and HIP devices (or, for tests, in Triton's interpreter).
+"""The GPU's twins of the operations: Triton's kernels, on CUDA and HIP devices, and for tests in Triton's interpreter.
 
 Called directly in inference; through torch.library's operators while torch.compile or torch.export traces, or where a
 gradient is asked for. Nothing here waits for the device.
@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import PackedBatch, constant, to_device
+from ..batch import PackedBatch, to_device
 from ..reading import warn
+from . import reference
+from .choose import Twins
+from .rope import Turn, turn_at
+from .tracing import constant, wants_gradient
 
 NARROW = 64  # up to this length of the longest sequence all tiles are narrow
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@constant
 def works(device: torch.device) -> bool:
     """Whether Triton runs on this device: it may be missing, or the C compiler that it needs. Tried once, with one
     warning if it fails; taken for granted while something traces or captures, when nothing can be tried."""
@@ -77,23 +81,43 @@ def _attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """Whether an operator must stand for the kernel: for a tracer, or for a gradient."""
+    """Whether to call the torch.library operator instead of the bare kernel: while torch.compile traces, or if a
+    gradient is wanted."""
     return torch.compiler.is_compiling() or wants_gradient(*tensors)
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+# ---- the twins: None for what they don't do ------------------------------------------------------------------------
 
 
-def rope_(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> Tensor:
-    from ..kernels import rope as kernel
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor | None:
+    """The product is added to the residual on its way out, and rounded once: in 16 bits this saves 4 bytes a number
+    over an addition after the product, which would write the product and read it again."""
+    if residual is None or bias is not None or not x.is_cuda or not x.dtype == weight.dtype == residual.dtype:
+        return None
+    if torch.is_autocast_enabled() or wants_gradient(x, weight, residual):
+        return None
+    return residual.addmm_(x, weight.t())
 
+
+def geglu(x: Tensor, act: str, swapped: bool = False) -> Tensor | None:
+    from ..kernels import geglu as kernel
+
+    if act not in ("gelu", "silu") or not works(x.device):
+        return None
     if traced(x):
-        return kernel.rope_op(x, cos, sin, position_ids, False)
-    return kernel.rope_(x, cos, sin, position_ids)
+        return kernel.geglu_op(x, act, swapped)
+    activated, gate = x.chunk(2, dim=-1)[:: -1 if swapped else 1]
+    return kernel.geglu(activated, gate, act)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
+) -> Tensor | None:
+    """With a gradient torch's own, whose backward pass is hard to beat at these widths: bench/bench_layer_norm.py."""
+    if not _fits_a_program(x) or not works(x.device):
+        return None
+    if wants_gradient(x, weight, bias, residual) or torch.is_autocast_enabled():
+        return None
     from ..kernels import layer_norm as kernel
 
     if not torch.compiler.is_compiling():
@@ -103,22 +127,45 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, resid
     return kernel.layer_norm_op(x, weight, bias, eps)
 
 
-def geglu(x: Tensor, act: str, swapped: bool) -> Tensor:
-    """(T, 2N) -> act(first half) * second half; swapped: the other way round."""
-    from ..kernels import geglu as kernel
+def _fits_a_program(x: Tensor) -> bool:
+    """(T, C), rows contiguous and no wider than a Triton program holds."""
+    return x.dim() == 2 and x.stride(1) == 1 and x.shape[1] <= 8192
+
+
+def rope(x: Tensor, heads: int, turn: Turn) -> Tensor | None:
+    if not works(x.device):
+        return None
+    from ..kernels import rope as kernel
 
     if traced(x):
-        return kernel.geglu_op(x, act, swapped)
-    activated, gate = x.chunk(2, dim=-1)[:: -1 if swapped else 1]
-    return kernel.geglu(activated, gate, act)
+        return kernel.rope_op(x, *turn, False, heads)
+    return kernel.rope_(x, *turn, heads=heads)
+
+
+def attention(
+    qkv: Tensor,
+    heads: int,
+    batch: PackedBatch,
+    window_size: tuple[int, int] = (-1, -1),
+    turn: Turn | None = None,
+    coarse: bool = False,
+) -> Tensor | None:
+    """By the kernel; with a gradient, or where the kernel doesn't run, by torch's varlen_attn if that takes qkv."""
+    whole = batch.key_seqlens is None
+    kernel_takes = can_attend(qkv) and not wants_gradient(qkv) and (whole or not torch.compiler.is_compiling())
+    if not kernel_takes and not (whole and batch.max_seqlen > 0 and has_varlen_attn(qkv)):
+        return None
+    if turn is not None:
+        qkv = reference.rope(qkv, (heads + qkv.shape[1]) // 2, turn)
+    return (_kernel_attention if kernel_takes else _varlen_attention)(qkv, heads, batch, window_size)
 
 
 def can_attend(qkv: Tensor) -> bool:
     """Whether the kernel takes these heads on this device."""
-    return attention_works(qkv.device, qkv.dtype, qkv.shape[-1])
+    return works(qkv.device) and attention_works(qkv.device, qkv.dtype, qkv.shape[-1])
 
 
-def attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int]) -> Tensor:
+def _kernel_attention(qkv: Tensor, heads: int, batch: PackedBatch, window_size: tuple[int, int]) -> Tensor:
     from ..kernels import attention as kernel
 
     left, right = window_size
@@ -127,8 +174,48 @@ def attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int]) -> 
         # By shape, because len() would fix a traced size.
         most = qkv.shape[0] // block + batch.cu_seqlens.shape[0] - 1
         table = kernel.device_tiles(batch.cu_seqlens, most, block)
-        return kernel.attention_op(qkv, batch.cu_seqlens, table, block, left, right)
-    return kernel.attention(qkv, batch.cu_seqlens, window_size, tile_table=tile_table(batch, block), block=block)
+        return kernel.attention_op(qkv, batch.cu_seqlens, table, block, left, right, heads)
+    table = tile_table(batch, block)
+    return kernel.attention(qkv, batch.cu_seqlens, window_size, heads=heads, tile_table=table, block=block)
+
+
+def row_attention(q: Tensor, kv: Tensor, rows: Tensor, batch: PackedBatch, turn: Turn | None = None) -> Tensor | None:
+    if batch.key_seqlens is not None or not can_attend(q) or wants_gradient(q, kv):
+        return None
+    from ..kernels import attention as kernel
+
+    reference.refuse_empty(batch)
+    if turn is not None:
+        q = reference.rope(q, q.shape[1], turn_at(turn, rows))
+        kv = reference.rope(kv, kv.shape[1] // 2, turn)
+    if torch.compiler.is_compiling():
+        return kernel.row_attention_op(q, kv, batch.cu_seqlens)
+    return kernel.row_attention(q, kv, batch.cu_seqlens, check=False)
+
+
+def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor | None:
+    if not _fits_a_program(x) or not works(x.device):
+        return None
+    from ..kernels import pooling as kernel
+
+    if traced(x):
+        return kernel.pool_op(x, batch.cu_seqlens, "mean")
+    return kernel.pool(x, batch.cu_seqlens, "mean", check=False)
+
+
+TWINS: Twins = {
+    "linear": linear,
+    "geglu": geglu,
+    "layer_norm": layer_norm,
+    "rope": rope,
+    "attention": attention,
+    "row_attention": row_attention,
+    "mean_pool": mean_pool,
+}
+TRITON = tuple(name for name in TWINS if name != "linear")  # what `choose.backend` calls by its name
+
+
+# ---- tiles, and what works here ------------------------------------------------------------------------------------
 
 
 def blocks(max_seqlen: int, dtype: torch.dtype) -> set[int]:
@@ -159,14 +246,6 @@ def padded_tile_table(seqlens: Sequence[int], block: int, tokens: int, count: in
     return torch.cat([known, torch.tensor(rest, dtype=torch.int32).view(-1, 4)])
 
 
-def row_attention(q: Tensor, kv: Tensor, batch: PackedBatch) -> Tensor:
-    from ..kernels import attention as kernel
-
-    if torch.compiler.is_compiling():
-        return kernel.row_attention_op(q, kv, batch.cu_seqlens)
-    return kernel.row_attention(q, kv, batch.cu_seqlens, check=False)
-
-
 def has_varlen_attn(qkv: Tensor) -> bool:
     """Whether torch's own attention over packed sequences, which has a gradient, takes this: from torch 2.11 on (with
     windows), in 16 bits, on NVIDIA's cards from Ampere on."""
@@ -195,18 +274,13 @@ def _find_varlen_attn() -> bool:
     return "window_size" in inspect.signature(varlen_attn).parameters
 
 
-def varlen_attention(qkv: Tensor, batch: PackedBatch, window_size: tuple[int, int]) -> Tensor:
+def _varlen_attention(qkv: Tensor, heads: int, batch: PackedBatch, window_size: tuple[int, int]) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = qkv.unbind(1)
+    shared = (qkv.shape[1] - heads) // 2
+    q, k, v = qkv.split([heads, shared, shared], 1)
+    if heads != shared:
+        k, v = (x.repeat_interleave(heads // shared, 1) for x in (k, v))
     cu, longest = batch.cu_seqlens, batch.max_seqlen
     out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window_size)
     return out
-
-
-def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor:
-    from ..kernels import pooling as kernel
-
-    if traced(x):
-        return kernel.pool_op(x, batch.cu_seqlens, "mean")
-    return kernel.pool(x, batch.cu_seqlens, "mean", check=False)

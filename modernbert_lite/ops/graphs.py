@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..batch import PackedBatch, check_batch, to_device
 from ..reading import warn
 from . import gpu
-from . import reference as ops
+from .choose import backend
+from .tracing import wants_gradient
 
 MAX_TOKENS = 4096
 MAX_GRAPHS = 64
@@ -130,10 +131,10 @@ class Graphed:
             return False
         if not 0 < len(batch.input_ids) <= self.max_tokens or 0 in batch.seqlens or batch.key_seqlens:
             return False
-        if torch.is_autocast_enabled() or gpu.wants_gradient(*self._tensors()):
+        if torch.is_autocast_enabled() or wants_gradient(*self._tensors()):
             return False
         # Other backends ask the host for lengths, and a replay has no host.
-        takes_kernels = ops.backend("attention", weight) == "triton"
+        takes_kernels = backend("attention", weight) == "triton"
         return takes_kernels and gpu.attention_works(weight.device, weight.dtype, self._config.head_dim)
 
     def _find(self, batch: PackedBatch, arguments: tuple[Hashable, ...]) -> _Graph | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
+from ..batch import PackedBatch
+from .choose import backend_for
+from .tracing import cached
+from .windows import owners
+
+# What `rope` needs for a batch: cos and sin, (T, D / 2) fp32 each, one row a token, and None; or, one row a position,
+# with the position of each token (T,).
+Turn = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,7 @@ class Rope:
     `proportional`: only the share `rotated` of the pairs turns. `dynamic`, for texts longer than
     `original_max_position_embeddings`, enlarges theta by the text's length; `longrope` (arXiv 2402.13753) has
     `long_factor` for such texts and `short_factor` for the others. `ntk`, GTE's own: theta times `factor`, all
-    frequencies over factor^(2 / head_dim), or mixed, where it has an exponent for that: frequency m (from 1) over
-    exp(a m^mixed_b), the last one over `factor`."""
+    frequencies over factor^(2 / head_dim)."""
 
     theta: float
     type: str = "default"
@@ -33,7 +35,6 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0  # multiplies cos and sin
-    mixed_b: float | None = None
     truncate: bool = True  # yarn: whole numbers for the pairs between which it blends
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -45,28 +46,6 @@ class Rope:
     def by_length(self) -> bool:
         """Whether a token's frequencies depend on the length of its text."""
         return self.type in ("dynamic", "longrope")
-
-
-_making = threading.RLock()
-
-
-def cached(size: int | None) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Keeps the tensors that a function made, out of inference mode: a cached tensor may meet autograd later. While
-    torch.compile traces it is called as it is."""
-
-    def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-        kept: Any = functools.lru_cache(maxsize=size)(torch.inference_mode(False)(function))
-
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-            if torch.compiler.is_compiling():
-                return function(*args, **kwargs)
-            with _making:  # two threads would make two, and drop the one that a graph may have captured
-                return kept(*args, **kwargs)
-
-        return call
-
-    return decorate
 
 
 @cached(64)
@@ -96,9 +75,6 @@ def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device, long: b
         inverse = 1.0 / (stretch * base)
     elif rope.type == "llama3":
         inverse = _by_wavelength(1.0 / base, rope)
-    elif rope.type == "ntk" and rope.mixed_b is not None:
-        m = torch.arange(1, head_dim // 2 + 1, dtype=torch.float32)
-        inverse = 1.0 / base / (math.log(factor) * (m / (head_dim / 2)) ** rope.mixed_b).exp()
     elif rope.type == "ntk":
         inverse = 1.0 / (rope.theta * factor) ** exponents / factor ** (2 / head_dim)
     else:
@@ -161,3 +137,26 @@ def position_table(rope: Rope, head_dim: int, device: torch.device, positions: i
     if device.type == "cuda":  # kept for all streams, of which the others wouldn't wait for this one
         torch.cuda.current_stream(device).synchronize()
     return table
+
+
+def rotation(rope: Rope, head_dim: int, batch: PackedBatch) -> Turn:
+    """The batch's tokens, each at its place in its sequence."""
+    ids = batch.position_ids
+    if rope.by_length:
+        return *rope_table(rope, head_dim, ids, batch.cu_seqlens.diff()[owners(batch)]), None
+    if backend_for("rope", ids.device, torch.float32) != "triton" or torch.compiler.is_compiling():
+        return *rope_table(rope, head_dim, ids), None
+    cos, sin = position_table(rope, head_dim, ids.device, max(512, 1 << (batch.max_seqlen - 1).bit_length()))
+    return cos, sin, ids
+
+
+def turn_at(turn: Turn, rows: Tensor) -> Turn:
+    """The rotation of the tokens `rows` alone."""
+    cos, sin, position_ids = turn
+    return (cos[rows], sin[rows], None) if position_ids is None else (cos, sin, position_ids[rows])
+
+
+def angles_of(turn: Turn) -> tuple[Tensor, Tensor]:
+    """cos and sin of each token, (T, D / 2)."""
+    cos, sin, position_ids = turn
+    return (cos, sin) if position_ids is None else (cos[position_ids], sin[position_ids])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ..reading import OptionError, as_whole, shown
-from . import rope as rotary
+from . import tracing
 
 VARIABLE = "MODERNBERT_LITE_THREADS"
 _TOKENIZER = "RAYON_NUM_THREADS"  # read when the tokenizers library first tokenizes a batch
@@ -74,45 +73,18 @@ def _after_fork() -> None:
     _forked = True
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    rotary._making = threading.RLock()  # another thread may have held it, which isn't there
+    tracing.after_fork()
 
 
 def _quotas(root: Path) -> Iterator[int]:
-    """Of the process's control groups and all above them. What can't be read or understood limits nothing."""
-    for folder in _control_groups(root):
-        for read in (_quota_v2, _quota_v1):
-            try:
-                quota, period = read(folder)
-            except (OSError, ValueError):
-                continue
-            if quota > 0 and period > 0:
-                yield -(-quota // period)
-
-
-def _quota_v2(folder: Path) -> tuple[int, int]:
-    """ "150000 100000", microseconds of each so many; "max 100000" is no number."""
-    quota, period = (folder / "cpu.max").read_text().split()
-    return int(quota), int(period)
-
-
-def _quota_v1(folder: Path) -> tuple[int, int]:
-    """Two files; -1 is no limit."""
-    return int((folder / "cpu.cfs_quota_us").read_text()), int((folder / "cpu.cfs_period_us").read_text())
-
-
-def _control_groups(root: Path) -> Iterator[Path]:
-    """Folders of the groups that the process is in, and those above. Inside a container its path may be the host's,
-    which isn't there: then the mount itself is the container's group."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except (OSError, ValueError):
-        return
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
+    """Of the container, whose own control group is mounted there: version 2, then version 1. What can't be read or
+    understood limits nothing."""
+    group = root / "sys/fs/cgroup"
+    for files in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):
+        try:
+            # "150000 100000", microseconds of each 100,000; "max 100000" and -1 are no limit.
+            quota, period = map(int, " ".join((group / file).read_text() for file in files).split())
+        except (OSError, ValueError):
             continue
-        parts = [part for part in path.split("/") if part]
-        depths = range(len(parts) + 1) if ".." not in parts else range(1)
-        for mount in {controllers, "cpu"} if controllers else {""}:
-            yield from (root.joinpath("sys/fs/cgroup", mount, *parts[:depth]) for depth in depths)
+        if quota > 0 and period > 0:
+            yield -(-quota // period)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..batch import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, PackedBatch, pack, plan_batches
 from ..checkpoint.sentence import SentenceConfig, length_limit, read_sentence_config
 from ..checkpoint.weights import find_checkpoint, load_weights, network_folder, stores
-from ..models.fields import Config, GteConfig, read_config
-from ..models.heads import use
+from ..models.fields import Config
+from ..models.registry import read_config, use
 from ..ops.graphs import MAX_TOKENS, Graphed
 from ..ops.threads import bound_tokenizer, set_threads
 from ..reading import CheckpointError, OptionError, as_whole, shown, warn, whole_number
@@ -141,8 +141,7 @@ class Checkpoint:
     @property
     def sparse(self) -> bool:
         """Whether the encoder's tokens have sparse weights: by the config, and by the file, which may lack them."""
-        told = isinstance(self.config, GteConfig) and self.config.sparse
-        return told and stores(self.folder, "classifier.weight")
+        return self.config.sparse and stores(self.folder, "classifier.weight")
 
     def refuse(self, wanted: str) -> CheckpointError:
         """The error that it is no `wanted`."""
@@ -408,10 +407,11 @@ class Pipeline:
     def _not_finite(self, text: Text, i: int) -> ValueError:
         *_, last = self.model.parameters()  # the first one may be a table that is kept as it is stored
         dtype = str(last.dtype).removeprefix("torch.")
-        advice = {
-            "float16": "its largest number is 65504: load the model with dtype='float32' or 'bfloat16'",
-            "bfloat16": "load the model with dtype='float32'",
-        }.get(dtype, "the checkpoint's weights are damaged, or too large to compute with")
+        advice = "the checkpoint's weights are damaged, or too large to compute with"
+        if dtype == "float16":
+            advice = f"its largest number is 65504: load the model with dtype='float32' or 'bfloat16'; or {advice}"
+        elif dtype == "bfloat16":
+            advice = f"load the model with dtype='float32'; or {advice}"
         text = text[0] if isinstance(text, FirstCut) else text
         return ValueError(f"the result of text {i}, {brief(text)}, is not finite in {dtype}; {advice}")
 

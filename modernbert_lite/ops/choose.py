@@ -1,0 +1,119 @@
+"""Which implementation of an operation runs: by the tensor's device, by the machine, or as the user says."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ParamSpec
+
+import torch
+from torch import Tensor
+
+from ..reading import OptionError, warn
+from .tracing import constant
+
+P = ParamSpec("P")
+Twins = Mapping[str, Callable[..., Any]]
+
+OPS = ("linear", "layer_norm", "rope", "attention", "geglu", "mean_pool")
+BACKENDS = ("auto", "torch", "triton", "onednn")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_used: tuple[Twins, ...] = ()
+
+
+def op(reference: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Makes a plain function an operation: its twins of the same name are asked first, in the order of `using`, then
+    cpu.py's or gpu.py's. A twin has the same signature, and returns None for what it doesn't do. The plain function is
+    the specification, the fallback, and (as `.reference`) the tests' oracle."""
+    name = reference.__name__
+
+    @functools.wraps(reference)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        for twins in _used:
+            if name in twins and (y := twins[name](*args, **kwargs)) is not None:
+                return y
+        x: Any = args[0]
+        twin: Callable[..., Any] | None = None
+        wing = _wing(x.device, x.dtype)
+        if wing == "cpu":
+            from . import cpu
+
+            twin = cpu.TWINS.get(name)
+        elif wing == "gpu":
+            from . import gpu
+
+            twin = gpu.TWINS.get(name)
+        y = None if twin is None else twin(*args, **kwargs)
+        return reference(*args, **kwargs) if y is None else y
+
+    call.reference = reference  # type: ignore[attr-defined]
+    return call
+
+
+@contextmanager
+def using(twins: Twins) -> Iterator[None]:
+    """Puts twins, by name of operation, before all others: `with using({"attention": padded_attention}): ..`. For all
+    of the process, until the block ends. The innermost of several comes first."""
+    global _used
+    before = _used
+    _used = (twins, *before)
+    try:
+        yield
+    finally:
+        _used = before
+
+
+def wanted() -> str:
+    """MODERNBERT_LITE_BACKEND. Raises OptionError for a name that is unknown."""
+    name = os.environ.get("MODERNBERT_LITE_BACKEND") or "auto"
+    if name not in BACKENDS:
+        raise OptionError(f"MODERNBERT_LITE_BACKEND is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    return name
+
+
+@constant
+def _wing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Whose twins are asked: "cpu", "gpu", or nobody's."""
+    name = wanted()
+    if name == "torch" or dtype not in FLOATS:
+        return None
+    if device.type == "cuda":
+        return None if name == "onednn" else "gpu"
+    if name == "triton":
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+            return "gpu"
+        _warn_of_no_gpu(device.type)
+        return None
+    # torch.compile has its own use of oneDNN.
+    return "cpu" if device.type == "cpu" and not torch.compiler.is_compiling() else None
+
+
+@functools.cache
+def _warn_of_no_gpu(device: str) -> None:
+    warn(
+        f"MODERNBERT_LITE_BACKEND is 'triton', but its kernels need a GPU, and this tensor is on {device!r}; using "
+        "torch. (To have them interpreted, slowly, set TRITON_INTERPRET=1 before Python starts)",
+    )
+
+
+def backend(op: str, x: Tensor) -> str:
+    """The backend that runs `op` on a tensor like `x`, "onednn", "triton" or "torch", unless its twin declines for
+    another reason than device and dtype. "linear" is oneDNN's where packing a weight pays."""
+    return backend_for(op, x.device, x.dtype)
+
+
+def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`backend` for tensors that aren't made yet. Raises OptionError for an unknown MODERNBERT_LITE_BACKEND."""
+    wing = _wing(device, dtype)
+    if wing == "cpu":
+        from . import cpu
+
+        return "onednn" if op in cpu.ONEDNN and (op != "linear" or cpu.packs(dtype)) else "torch"
+    if wing == "gpu":
+        from . import gpu
+
+        return "triton" if op in gpu.TRITON and gpu.works(device) else "torch"
+    return "torch"

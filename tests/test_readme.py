@@ -387,6 +387,17 @@ def test_paths_that_are_named_are_there(page):
             assert any((start / name).exists() for start in (ROOT, ROOT / "modernbert_lite")), name
 
 
+def test_messages_that_are_quoted_are_those_of_the_source():
+    """In bold and quotes; ".." stands for what differs."""
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "modernbert_lite").rglob("*.py"))
+    source = re.sub(r'"\s*f?"', "", source)  # strings over more than one line
+    quoted = re.findall(r'\*\*"(.*?)"', PAGES["docs/troubleshooting.md"])
+    assert len(quoted) >= 8
+    for message in quoted:
+        for part in filter(None, (part.strip() for part in message.split(".."))):
+            assert part in source, message
+
+
 def test_every_page_is_listed():
     listed = PAGES["docs/index.md"]
     for page in PAGES:

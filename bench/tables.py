@@ -1,5 +1,5 @@
-"""README's tables: from the rows under bench/results, and the checkpoints that the tests run. `python -m bench.tables`
-writes them, a test checks them."""
+"""The tables and plots of docs/: from the rows under bench/results, and the checkpoints that the tests run.
+`python -m bench.tables` writes them, a test checks them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import plot
 from bench.runner import RESULTS, read_csv
 
-README = Path(__file__).parents[1] / "README.md"
-DATA = README.parent / "tests" / "data"
+DOCS = Path(__file__).parents[1] / "docs"
+DATA = DOCS.parent / "tests" / "data"
 NOT_MEASURED = (
     "Not measured yet: no run on a GPU has been recorded. `python -m bench.gpu --out bench/results` makes this table."
 )
@@ -203,7 +204,7 @@ TABLES |= {"gte_cpu": gte, "gte_gpu": gte}
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
-    """README with every table made anew."""
+    """A page with every table made anew."""
     tables = {}
     for name, make in TABLES.items():
         path = results / f"{name}.csv"
@@ -218,5 +219,14 @@ def fill(text: str, results: Path = RESULTS) -> str:
     return text
 
 
+def plots(results: Path = RESULTS) -> dict[str, str]:
+    """The plots of docs/, by their files' names. bench_cpu writes its own plot beside its rows."""
+    rows = read_csv(results / "encode_cpu.csv")
+    return {"encode_cpu.svg": plot.speeds(rows, _where(rows))}
+
+
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))
+    for page in DOCS.glob("*.md"):
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, svg in plots().items():
+        (DOCS / name).write_text(svg, encoding="utf-8")

@@ -241,7 +241,7 @@ def test_table(bench):
     assert tables.gte([]) == tables.NOT_MEASURED
 
 
-def test_readme_is_filled_from_what_there_is(bench, tmp_path):
+def test_a_page_is_filled_from_what_there_is(bench, tmp_path):
     from bench import tables
 
     text = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in ("gte_cpu", "gte_gpu"))
@@ -251,7 +251,7 @@ def test_readme_is_filled_from_what_there_is(bench, tmp_path):
     bench.runner.write_csv(tmp_path / "gte_gpu.csv", [row | {"smoke": "smoke"} for row in sample(bench)])
     filled = tables.fill(text, tmp_path)
     assert filled.count("| large | 8x128 |") == filled.count(tables.NOT_MEASURED) == 1
-    assert tables.fill((ROOT / "README.md").read_text()).count("table: gte_") == 2
+    assert tables.fill((ROOT / "docs" / "numbers.md").read_text()).count("table: gte_") == 2
 
 
 def test_the_run_on_a_gpu_has_its_rows(bench, seconds, monkeypatch, tmp_path):

@@ -718,13 +718,15 @@ def test_entries_say_what_is_not_known():
             assert entry["id"].endswith(after)
 
 
-def test_readme_shows_the_table(monkeypatch):
+def test_the_page_shows_the_table(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.tables import checkpoints
 
     golden = json.loads((DATA / "golden.json").read_text(encoding="utf-8"))["entries"]
     made = checkpoints(ENTRIES, golden)
-    assert f"<!-- table: checkpoints -->\n{made}\n<!-- end -->" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- table: checkpoints -->\n{made}\n<!-- end -->" in (ROOT / "docs" / "checkpoints.md").read_text(
+        encoding="utf-8"
+    )
     lines = made.splitlines()[2:]
     for entry in ENTRIES:
         (line,) = [

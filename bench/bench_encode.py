@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 
 import modernbert_lite as ml
-from bench.runner import RESULTS, environment, measure, write_csv
+from bench.records import RESULTS, Rows, environment, where, write_csv
+from bench.texts import ragged_lengths
+from bench.timing import measure
 
 # name -> (lengths, rows in a padded batch, tokens/s over transformers' that are promised)
 CASES: dict[str, tuple[list[int], int, float]] = {
@@ -29,13 +31,6 @@ CASES: dict[str, tuple[list[int], int, float]] = {
     "ragged": ([], 8, 1.5),
 }
 TOLERANCE = 2e-5
-
-
-def ragged_lengths(count: int = 32) -> list[int]:
-    """Lognormal, median 100, sigma 0.8, cut to 8..512, longest first: the spread of short documents."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = (torch.randn(count, generator=generator) * 0.8).exp() * 100
-    return sorted(lengths.round().long().clamp(8, 512).tolist(), reverse=True)
 
 
 def setup(seed: int = 0) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -72,6 +67,22 @@ def providers(
         return torch.cat([reference(i, attention_mask=m).last_hidden_state[m.bool()] for i, m in padded])
 
     return {"modernbert-lite": lambda: ours(packed), "transformers sdpa": transformers_sdpa}
+
+
+def table(rows: Rows) -> str:
+    """A line a case, and one that says where it was measured."""
+    lines = [
+        "| batch | tokens | modernbert-lite | transformers sdpa | ratio | max difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    cells = {(row["case"], row["provider"]): row for row in rows}
+    for case in dict.fromkeys(row["case"] for row in rows):
+        ours, theirs = cells[case, "modernbert-lite"], cells[case, "transformers sdpa"]
+        lines.append(
+            f"| {case} | {ours['tokens']} | {ours['tokens_per_s']} | {theirs['tokens_per_s']} | {ours['ratio']} | "
+            f"{ours['max_difference']} |"
+        )
+    return "\n".join([*lines, "", where(rows)])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import gc
 import importlib
 import importlib.util
 import math
@@ -35,7 +34,11 @@ import torch
 from torch import Tensor, nn
 
 import modernbert_lite as ml
-from bench import runner
+from bench import records, timing
+from bench.flops import memory_limit, model_flops, peak_flops
+from bench.records import NOT_MEASURED, Rows, where
+from bench.texts import QUERY_TOKENS, batch_of, pool_lengths, ragged_lengths
+from bench.timing import attempt, free, peak_memory, waited
 
 OURS, GRAPHS, COMPILED = "modernbert-lite", "modernbert-lite graphs", "modernbert-lite compiled"
 THEIRS, FLASH = "transformers sdpa", "flash_attention_2"
@@ -48,14 +51,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 CASES = ("query", "128", "512", "2048", "8192", "ragged")
 BATCH_TOKENS = (32_768, 4_096, 131_072, 16_384, 8_192, 65_536)  # the most telling first: time may run out
-QUERY_TOKENS = 20
-POOL_TOKENS = 16_384  # texts repeat after so many, so that one reference in fp32 serves every batch
 PADDED_TOKENS = 32_768
 GRAPH_TOKENS = 4_096  # above it the GPU is busy longer than the host needs
 FP32_TOLERANCE = 2e-5
 MIN_COSINE = 0.999
-# Dense bf16 and fp16, SXM parts, from NVIDIA's datasheets.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
 # Million tokens a second at the best batch size, base shape, bf16, one H200.
 PROMISED = {"512": 2.0, "2048": 1.6, "8192": 0.9}
 PROMISED_QUERY_MS = 1.0
@@ -67,42 +66,6 @@ COLUMNS = (
     *("host_ms", "gpu_ms", "mfu", "mfu_measured", "peak_allocated_mb", "peak_reserved_mb", "memory_limit_mb"),
     *("ratio", "cosine", "max_difference", "note"),
 )
-
-
-def visible_keys(length: int, window_size: tuple[int, int]) -> int:
-    """Keys that the queries of one sequence see, summed: (left, right) inclusive, -1 unlimited."""
-
-    def side(window: int) -> int:  # sum of min(i, window) for i in 0 .. length - 1
-        if window < 0 or window >= length:
-            return length * (length - 1) // 2
-        return window * (window + 1) // 2 + (length - 1 - window) * window
-
-    return length + side(window_size[0]) + side(window_size[1])
-
-
-def model_flops(config: ml.ModernBertConfig | ml.GteConfig, lengths: list[int]) -> int:
-    """Of one forward pass: the linear layers on every token, the attention of each query with the keys it sees."""
-    C, N = config.hidden_size, config.intermediate_size
-    linear = 2 * (4 * C * C + 3 * N * C) * config.num_hidden_layers * sum(lengths)
-    windows = [(-1, -1)] * config.num_hidden_layers  # GTE's
-    if isinstance(config, ml.ModernBertConfig):
-        windows = [config.window_size(i) for i in range(config.num_hidden_layers)]
-    counts = {length: lengths.count(length) for length in set(lengths)}
-    keys = sum(count * visible_keys(n, w) * windows.count(w) for n, count in counts.items() for w in set(windows))
-    return linear + 4 * C * keys  # q k^T and the sum of v, 2 FLOPs a channel each
-
-
-def memory_limit(config: ml.ModernBertConfig, tokens: int, itemsize: int, weights: int) -> int:
-    """Bytes: the weights and 1.2 x what one attention block and one MLP block write, each tensor counted once: norm C,
-    qkv 3C, attention C, Wo C, residual C; norm C, Wi 2N, GeGLU N, Wo C, residual C."""
-    return weights + int(1.2 * tokens * (9 * config.hidden_size + 3 * config.intermediate_size) * itemsize)
-
-
-def peak_flops(card: str, dtype: torch.dtype) -> float | None:
-    """The datasheet's, None where it isn't known here."""
-    if dtype not in (torch.bfloat16, torch.float16) or "PCIe" in card or "NVL" in card:
-        return None
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
 
 
 @dataclass
@@ -157,28 +120,6 @@ class Models:
         model = copy.deepcopy(self.theirs)
         change(model)
         return model
-
-
-def pool_lengths(case: str) -> list[int]:
-    """128 -> [128] * 128; "ragged": lognormal, in no order."""
-    if case == "query":
-        return [QUERY_TOKENS]
-    if case != "ragged":
-        return [int(case)] * max(POOL_TOKENS // int(case), 1)
-    from bench.bench_encode import ragged_lengths
-
-    lengths = ragged_lengths(POOL_TOKENS // 128)
-    return [lengths[i] for i in torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()]
-
-
-def batch_of(lengths: list[int], tokens: int) -> list[int]:
-    """Texts of the pool, repeated until `tokens` are reached, longest first. Empty if the first is longer than that."""
-    indices: list[int] = []
-    used = 0
-    while used + lengths[len(indices) % len(lengths)] <= tokens:
-        used += lengths[len(indices) % len(lengths)]
-        indices.append(len(indices) % len(lengths))
-    return sorted(indices, key=lambda i: -lengths[i])
 
 
 Padded = list[tuple[Tensor, "Tensor | None", "Tensor | None"]]
@@ -261,65 +202,16 @@ def compare(out: Tensor, pool: Pool, indices: list[int]) -> tuple[float, float]:
     return cosine, float((out.float() - torch.cat(expected)).abs().max())
 
 
-def attempt(run: Callable[[], Any]) -> tuple[Any, str]:
-    """(result, ""), or (None, why not). Frees what a failure left behind."""
-    try:
-        result = run()
-        synchronize()
-        return result, ""
-    except torch.cuda.OutOfMemoryError:
-        note = "out of memory"
-    except Exception as error:  # noqa: BLE001  a peer's failure, of whatever kind, costs its own row only
-        note = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
-    try:
-        free()
-    except RuntimeError as error:  # after an illegal access every call fails: the rows still get written
-        note += f"; then {type(error).__name__}"
-    return None, note
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def peak_memory(run: Run) -> tuple[Any, int, int]:
-    """(result, the most bytes allocated, the most reserved) beyond what was held before."""
-    if not torch.cuda.is_available():
-        return run(), 0, 0
-    free()
-    torch.cuda.reset_peak_memory_stats()
-    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    result = run()
-    torch.cuda.synchronize()
-    return result, torch.cuda.max_memory_allocated() - allocated, torch.cuda.max_memory_reserved() - reserved
-
-
 def wall_times(runs: dict[str, Run], case: str, options: argparse.Namespace) -> dict[str, float]:
     """Median seconds a call. Of "query" each result is waited for; of the rest only the last of a round of calls."""
-    once = runner.measure({name: waited(run, 1) for name, run in runs.items()}, 1)
+    once = timing.measure({name: waited(run, 1) for name, run in runs.items()}, 1)
     cuda = options.device == "cuda"
     calls = {name: 1 if case == "query" or not cuda else max(1, math.ceil(0.02 / t)) for name, t in once.items()}
     round_s = sum(calls[name] * once[name] for name in runs)
     most = 20 * options.repeats if case == "query" and cuda else options.repeats
     repeats = max(3, min(most, int(options.case_seconds / round_s)))
-    total = runner.measure({name: waited(run, calls[name]) for name, run in runs.items()}, repeats)
+    total = timing.measure({name: waited(run, calls[name]) for name, run in runs.items()}, repeats)
     return {name: seconds / calls[name] for name, seconds in total.items()}
-
-
-def waited(run: Run, calls: int) -> Callable[[], None]:
-    def call() -> None:
-        for _ in range(calls):
-            run()
-        synchronize()
-
-    return call
 
 
 def run_case(
@@ -373,7 +265,7 @@ def run_case(
         row |= speeds(flops / s, where["card"], dtype, options)
         if options.device == "cuda":
             turns = 10 if s < 0.05 else 3
-            pair, row["note"] = attempt(lambda run=live[name], n=turns: runner.host_and_gpu_time(run, n))
+            pair, row["note"] = attempt(lambda run=live[name], n=turns: timing.host_and_gpu_time(run, n))
             row |= {"host_ms": f"{pair[0] * 1e3:.3f}", "gpu_ms": f"{pair[1] * 1e3:.3f}"} if pair else {}
         if THEIRS in seconds:
             row["ratio"] = f"{seconds[THEIRS] / s:.2f}"
@@ -393,7 +285,7 @@ def speeds(flops_per_s: float, card: str, dtype: torch.dtype, options: argparse.
     if peak := peak_flops(card, dtype):
         row["mfu"] = f"{flops_per_s / peak:.3f}"
     if options.device == "cuda":
-        row["mfu_measured"] = f"{flops_per_s / runner.ceilings().flops(dtype):.3f}"
+        row["mfu_measured"] = f"{flops_per_s / timing.ceilings().flops(dtype):.3f}"
     return row
 
 
@@ -401,8 +293,6 @@ def run_texts(options: argparse.Namespace, where: dict[str, str], emit: Emit) ->
     """Strings in, vectors out: the bundled model, here and in sentence-transformers."""
     from sentence_transformers import SentenceTransformer
     from tokenizers import Tokenizer
-
-    from bench.bench_encode import ragged_lengths
 
     tiny = Path(ml.__file__).parent / "tiny"
     words = Tokenizer.from_file(str(tiny / "tokenizer.json"))
@@ -434,7 +324,7 @@ def run_texts(options: argparse.Namespace, where: dict[str, str], emit: Emit) ->
         if row["note"]:
             del runs[name]
             ok &= name != OURS and not row["note"].startswith(Unequal.__name__)
-    seconds = runner.measure(runs, 3)
+    seconds = timing.measure(runs, 3)
     for name, row in rows.items():
         if name in seconds:
             s = seconds[name]
@@ -449,7 +339,7 @@ def run_texts(options: argparse.Namespace, where: dict[str, str], emit: Emit) ->
 def run(options: argparse.Namespace, emit: Emit) -> bool:
     """Every case, a row emitted as soon as it is known. False if a provider gave wrong numbers, or ours failed."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    where = runner.gpu_environment()
+    where = records.gpu_environment()
     started, ok = time.monotonic(), True
     fixed = [case for case in options.cases if case != "query"]
     plan = [("query", QUERY_TOKENS)] if "query" in options.cases else []
@@ -457,7 +347,7 @@ def run(options: argparse.Namespace, emit: Emit) -> bool:
     plan = [(case, tokens) for case, tokens in plan if batch_of(pool_lengths(case), tokens)]
     with torch.inference_mode():
         if options.device == "cuda":
-            runner.ceilings()  # before the card is full
+            timing.ceilings()  # before the card is full
         for shape in options.shapes:
             models: Models | None = None
             for case, tokens in plan:
@@ -523,9 +413,44 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="rounds at most, 3 at least")
     parser.add_argument("--case-seconds", type=float, default=3.0, help="about so long for the rounds of a case")
     parser.add_argument("--seconds", type=float, default=0, help="start no case after so many")
-    parser.add_argument("--out", type=Path, default=runner.RESULTS / "encode_gpu.csv")
+    parser.add_argument("--out", type=Path, default=records.RESULTS / "encode_gpu.csv")
     parser.add_argument("--check", action="store_true", help="exit with 1 if less is reached than is promised")
     return parser.parse_args(argv)
+
+
+def _order(key: tuple[str, str, str, int]) -> tuple[Any, ...]:
+    shape, case, dtype, batch_tokens = key
+    return shape, dtype, case != "query", not case.isdigit(), int(case) if case.isdigit() else 0, case, batch_tokens
+
+
+def _ours_first(row: dict[str, Any]) -> tuple[bool, int]:
+    return row["provider"].startswith("modernbert-lite"), int(row["tokens_per_s"])
+
+
+def table(rows: Rows, every: bool = False) -> str:
+    """A line a shape and case, at the batch size that suits ours best (every: a line a batch size, too): every
+    provider's tokens a second, the rest of the fastest of ours."""
+    measured = [r for r in rows if r["tokens_per_s"]]
+    if not measured:
+        return NOT_MEASURED
+    names = list(dict.fromkeys(r["provider"] for r in measured))
+    columns = ("ratio", "mfu", "host_ms", "gpu_ms", "peak_allocated_mb", "max_difference")
+    head = ["shape", "texts of", "batch", *names, "ratio", "MFU", "host ms", "GPU ms", "peak MB", "max difference"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    groups: dict[Any, dict[str, dict[str, Any]]] = {}
+    for r in measured:
+        key = r["shape"], r["case"], str(r["dtype"]), int(r["batch_tokens"])
+        groups.setdefault(key, {})[r["provider"]] = r
+    best = {key: max(group.values(), key=_ours_first) for key, group in groups.items()}
+    for key in sorted(groups, key=_order):
+        same = [other for other in groups if other[:3] == key[:3]]
+        if not every and key != max(same, key=lambda k: _ours_first(best[k])):
+            continue
+        group, ours = groups[key], best[key]
+        speeds = [f"{int(group[n]['tokens_per_s']):,}" if n in group else "" for n in names]
+        cells = [key[0], key[1], f"{int(ours['tokens']):,}", *speeds, *(ours[c] for c in columns)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", where(measured)])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -538,7 +463,7 @@ def main(argv: list[str] | None = None) -> int:
     def emit(row: dict[str, Any]) -> None:
         rows.append(row)
         print(line(row), flush=True)
-        runner.write_csv(options.out, rows)
+        records.write_csv(options.out, rows)
 
     ok = run(options, emit)
     missed = []

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor, nn
 
 import modernbert_lite as ml
-from bench import bench_encode_gpu, runner
-from bench.bench_encode import ragged_lengths
-from bench.bench_encode_gpu import Emit, Pool, Run, Unequal, batch_of, hidden_states, model_flops, padded, pool_lengths
+from bench import bench_encode_gpu, records, runner, timing
+from bench.bench_encode_gpu import Emit, Pool, Run, Unequal, hidden_states, padded
+from bench.flops import model_flops
+from bench.records import NOT_MEASURED, Rows, where
+from bench.texts import batch_of, pool_lengths, ragged_lengths
 
 GTE, MODERNBERT, THEIRS = "modernbert-lite GTE", "modernbert-lite ModernBERT", "transformers sdpa"
 # gte-large-en-v1.5's and gte-base-en-v1.5's; ModernBERT's of the same name are bench_encode_gpu's.
@@ -135,7 +137,7 @@ def transformers_gte(ours: nn.Module, shape: dict[str, Any], device: torch.devic
 def run(options: argparse.Namespace, emit: Emit) -> None:
     """Every case, a row a provider emitted as soon as it is known. Raises Unequal if the numbers of one are wrong."""
     started, cpu = time.monotonic(), options.device == "cpu"
-    where = runner.environment("modernbert-lite", "torch", "transformers") if cpu else runner.gpu_environment()
+    where = records.environment("modernbert-lite", "torch", "transformers") if cpu else records.gpu_environment()
     for shape in options.shapes:
         models = Models(shape, torch.device(options.device))
         generator = torch.Generator().manual_seed(1)
@@ -178,7 +180,7 @@ def run_case(
             what = f"cosine {cosine:.6f}, difference {differences[name]:.1e}, allowed {allowed:.1e}"
             raise Unequal(f"{options.dtype} {case}, {name}: {what}")
     cuda = options.device == "cuda"
-    seconds = bench_encode_gpu.wall_times(runs, case, options) if cuda else runner.measure(runs, options.repeats)
+    seconds = bench_encode_gpu.wall_times(runs, case, options) if cuda else timing.measure(runs, options.repeats)
     configs = {THEIRS: models.configs[GTE], **models.configs}
     speeds = {name: model_flops(configs[name], lengths) / s for name, s in seconds.items()}
     rows = []
@@ -221,8 +223,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.smoke:
         options.shapes = ["smoke"]
     elif not options.out:
-        options.out = runner.RESULTS / f"gte_{options.device.replace('cuda', 'gpu')}.csv"
+        options.out = records.RESULTS / f"gte_{options.device.replace('cuda', 'gpu')}.csv"
     return options
+
+
+def table(rows: Rows) -> str:
+    """A line a case: our GTE, and our ModernBERT of the same name of a shape, in the same run."""
+    if not rows:
+        return NOT_MEASURED
+    lines = [
+        "| shape | texts | tokens | dtype | GTE, tokens/s | TFLOP/s | ModernBERT, TFLOP/s | per FLOP | "
+        "x transformers sdpa | max difference |",
+        "|---" * 10 + "|",
+    ]
+    cells = {(row["shape"], row["case"], row["dtype"], row["provider"]): row for row in rows}
+    for (shape, case, dtype, provider), row in cells.items():
+        other = cells.get((shape, case, dtype, MODERNBERT))
+        if provider == GTE and other:  # a run that goes on may not have said it yet
+            values = [
+                shape,
+                case,
+                f"{int(row['tokens']):,}",
+                dtype,
+                f"{int(row['tokens_per_s']):,}",
+                row["tflop_per_s"],
+            ]
+            values += [other["tflop_per_s"], row["per_flop"], row["ratio"] or "–", row["max_difference"]]
+            lines.append(f"| {' | '.join(values)} |")
+    return "\n".join([*lines, "", where(rows)])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -236,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row | ({"smoke": "smoke"} if options.smoke else {}))
         print(line(row), flush=True)
         if options.out:
-            runner.write_csv(options.out, rows)
+            records.write_csv(options.out, rows)
 
     bad = []
     try:

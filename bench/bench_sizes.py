@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 import modernbert_lite as ml
-from bench import runner
+from bench import records
 
 MODEL, DTYPES = "tiny", ("float32", "bfloat16", "int8")
 LEAST, MOST = 16, 4096  # tokens of a batch; MOST is what the warm-up has seen
@@ -88,7 +88,7 @@ def measure(dtype: str, count: int, most: int, threads: int) -> Row:
     row |= {"grown_mb": f"{resident_mb() - before:.0f}", "peak_mb": f"{peak:.0f}"}
     for name, n, k in zip(("cpu", "wall"), new, known, strict=True):
         row |= {f"new_{name}_s": f"{n:.3f}", f"known_{name}_s": f"{k:.3f}", f"{name}_ratio": f"{n / k:.3f}"}
-    row |= {"tokens_per_s": f"{sum(sizes) / new[1]:.0f}", **runner.environment("modernbert-lite", "torch")}
+    row |= {"tokens_per_s": f"{sum(sizes) / new[1]:.0f}", **records.environment("modernbert-lite", "torch")}
     return row | {"capability": torch.backends.cpu.get_cpu_capability()}
 
 
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     if not Path("/proc/self/status").exists():
         print("bench_sizes: memory is read from /proc/self/status, which this system doesn't have", file=sys.stderr)
         return 2
-    out = args.out or (None if args.smoke else runner.RESULTS / "sizes_cpu.csv")
+    out = args.out or (None if args.smoke else records.RESULTS / "sizes_cpu.csv")
     count, most = (min(args.sizes, SMOKE_SIZES), SMOKE_MOST) if args.smoke else (args.sizes, MOST)
     rows: list[Row] = []
     print(HEAD)
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row | ({"smoke": "smoke"} if args.smoke else {}))
         print(line(row), flush=True)
         if out:
-            runner.write_csv(out, rows)
+            records.write_csv(out, rows)
     bad = missed(rows) if args.check and not args.smoke else []
     if bad:
         print("not as promised: " + "; ".join(bad), file=sys.stderr)

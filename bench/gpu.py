@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def say(**what: Any) -> None:
 def section(kind: str, words: Sequence[str], smoke: bool) -> int:
     left = max(float(os.environ["BENCH_GPU_DEADLINE"]) - time.time(), 1)  # after it nothing more is started
     if kind == "ceilings":
-        from bench.runner import ceilings
+        from bench.timing import ceilings
 
         say(ceilings=ceilings()._asdict())
         return 0
@@ -259,14 +259,15 @@ def follow(
 
 
 def write(findings: Findings, out: Path, smoke: bool) -> None:
-    from bench import plot, runner
+    from bench import plot, records
+    from bench.records import replacing
 
     mark = {"smoke": "smoke"} if smoke else {}
     for name in TABLES:
         if rows := findings.rows[name]:
             columns = dict.fromkeys(key for row in rows for key in row)
             with replacing(out / f"{name}_gpu.csv") as path:
-                runner.write_csv(path, ({**dict.fromkeys(columns, ""), **row, **mark} for row in rows))
+                records.write_csv(path, ({**dict.fromkeys(columns, ""), **row, **mark} for row in rows))
     note = "a smoke run, no measurements" if smoke else machine(findings)
     for name, make in {
         "report.md": lambda: report(findings, out, smoke),
@@ -278,14 +279,6 @@ def write(findings: Findings, out: Path, smoke: bool) -> None:
             text = traceback.format_exc()
         with replacing(out / name) as path:
             path.write_text(text)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that then takes the other's place: whoever kills this finds the old file or the new one."""
-    new = path.with_name(f"{path.name}.new")
-    yield new
-    new.replace(path)
 
 
 def machine(findings: Findings) -> str:
@@ -321,7 +314,7 @@ def promised(findings: Findings) -> list[tuple[str, str, str, str]]:
 
 
 def report(findings: Findings, out: Path, smoke: bool) -> str:
-    from bench import tables
+    from bench import bench_encode_gpu, bench_gte, tables
 
     title = "Smoke run: tiny shapes on a CPU, no measurements" if smoke else "On a GPU"
     lines = [f"# {title}", "", machine(findings), ""]
@@ -333,8 +326,8 @@ def report(findings: Findings, out: Path, smoke: bool) -> str:
     lines += ["", f"Tests: {tests_summary(out)}", "", "## Promised and measured", ""]
     lines += ["| what | promised | measured | kept |", "|---|---|---|---|"]
     lines += [f"| {what} | {p} | {got or 'not measured'} | {met or '-'} |" for what, p, got, met in promised(findings)]
-    lines += ["", "## Whole model, tokens a second", "", tables.encode_gpu(findings.rows["encode"], every=True)]
-    lines += ["", "## GTE beside ModernBERT", "", tables.gte(findings.rows["gte"])]
+    lines += ["", "## Whole model, tokens a second", "", bench_encode_gpu.table(findings.rows["encode"], every=True)]
+    lines += ["", "## GTE beside ModernBERT", "", bench_gte.table(findings.rows["gte"])]
     lines += ["", "## Kernels", "", tables.kernels_gpu(findings.rows["kernels"], every=True), "", "## Failures", ""]
     lines += [f"- {failure}" for failure in findings.failures] or ["None."]
     return "\n".join(lines) + "\n"

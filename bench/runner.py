@@ -1,249 +1,27 @@
-"""Timing that holds on a noisy machine: providers take turns, medians are kept, a row says where it was measured.
-
-The lower half is what the kernels' benches share: a Case (inputs, providers, the truth, the fewest bytes and the useful
+"""What the kernels' benches share: a Case (inputs, providers, the truth, the fewest bytes and the useful
 operations) becomes rows, each checked against the truth before it is timed and beside what the card gives.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import functools
 import importlib
 import math
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
-PEERS = ("transformers", "sentence-transformers", "flash-attn", "liger-kernel", "packed-encoders")
-_T = TypeVar("_T")
-
-
-def measure(providers: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds a call of each provider: one warm-up, then `repeats` rounds in which they take turns, every
-    second round backwards, so that a machine that slows down slows all of them."""
-    for run in providers.values():
-        run()
-
-    def timed(run: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    return _medians({name: functools.partial(timed, run) for name, run in providers.items()}, repeats)
-
-
-def _medians(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    for turn in range(repeats):
-        for name in list(timers)[:: -1 if turn % 2 else 1]:
-            times[name].append(timers[name]())
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def environment(*packages: str) -> dict[str, str]:
-    """Machine, versions and commit, for the columns of a row."""
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
-        "machine": _processor(),
-        "threads": str(torch.get_num_threads()),
-        **{package: _version(package) for package in packages},
-    }
-
-
-@functools.cache
-def gpu_environment() -> dict[str, str]:
-    """Card, driver, versions (of the peers too) and commit, for the columns of a row."""
-    here = torch.cuda.is_available()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
-        "card": torch.cuda.get_device_name() if here else "none",
-        "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if here else "none",
-        "driver": _driver() if here else "none",
-        "cuda": str(torch.version.cuda or (torch.version.hip and f"hip {torch.version.hip}") or "none"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        **{package: _version(package) for package in PEERS},
-    }
-
-
-def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    rows = list(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    named = {key.strip(): value.strip() for key, value in fields.items()}
-    # Clouds hide the product's name: family and model tell the generation (AMD 25 is Zen 3 or 4, 26 Zen 5).
-    return f"{named.get('model name', platform.machine())}, family {named.get('cpu family')} model {named.get('model')}"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    """The commit, and whether anything differs from it; a copy without git's folder may be told which one it is."""
-    commit = _run("git", "rev-parse", "--short", "HEAD")
-    if not commit:
-        return os.environ.get("MODERNBERT_LITE_COMMIT", "unknown")
-    return commit + ("+changes" if _run("git", "status", "--porcelain") else "")
-
-
-def _driver() -> str:
-    lines = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    return lines[0].strip() if lines else "unknown"
-
-
-def _run(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-        return done.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-# ---- time on a GPU ----
-
-
-def gpu_times(providers: dict[str, Callable[[], Any]], repeats: int = 20, seconds: float = 0.2) -> dict[str, float]:
-    """Median seconds of GPU time a call of each provider, about `seconds` of it in `repeats` regions of 1 ms at least.
-
-    Before each region the card is given something to wait for, while the host queues the region's calls: between its
-    two events lie the kernels end to end, without the gaps in which a slow host launches them.
-    """
-    timers = {}
-    for name, run in providers.items():
-        begin = time.perf_counter()
-        for _ in range(1000):  # until the clocks are up
-            run()
-            torch.cuda.synchronize()
-            if time.perf_counter() - begin > 0.02:
-                break
-        begin = time.perf_counter()
-        for _ in range(5):
-            run()
-        host = (time.perf_counter() - begin) / 5
-        each = max(_region(run, 5, host), 1e-7)
-        # 1 ms at least; beyond that no more calls than the card's queue of launches holds.
-        calls = max(math.ceil(1e-3 / each), min(math.ceil(seconds / repeats / each), 200))
-        timers[name] = functools.partial(_region, run, calls, host)
-    return _medians(timers, repeats)
-
-
-def _region(run: Callable[[], Any], calls: int, host: float) -> float:
-    """Seconds of GPU time a call of `calls` of them, which take the host about `host` each to queue."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    _busy(1.5 * host * calls)
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / calls
-
-
-def _busy(seconds: float) -> None:
-    """Has the card count to about that many seconds' worth of cycles (at 2 GHz), 0.1 s at most."""
-    torch.cuda._sleep(int(min(seconds, 0.1) * 2e9) + 1)
-
-
-def host_and_gpu_time(run: Callable[[], Any], repeats: int = 10) -> tuple[float, float]:
-    """Median seconds that the host takes to queue a call, and that the card takes to work it off without waiting for
-    the host. A call that waits for the card counts that wait as the host's."""
-    run()
-    torch.cuda.synchronize()
-    hosts = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        hosts.append(time.perf_counter() - begin)
-        torch.cuda.synchronize()
-    host = statistics.median(hosts)
-    return host, statistics.median(_region(run, 1, host) for _ in range(repeats))
-
-
-def rotate(make: Callable[[], _T], bytes_each: int, bound: int = 8 << 30) -> list[_T]:
-    """As many of what `make` gives as overflow the card's L2 cache three times, within `bound` bytes and a quarter of
-    the free memory, at least one: so that no call finds its inputs in the cache. One where there is no GPU."""
-    copies = 1
-    if torch.cuda.is_available():
-        cache = torch.cuda.get_device_properties("cuda").L2_cache_size
-        room = min(bound, torch.cuda.mem_get_info()[0] // 4) // max(bytes_each, 1)
-        copies = max(1, min(1 + math.ceil(3 * cache / max(bytes_each, 1)), room))
-    return [make() for _ in range(copies)]
-
-
-class Ceilings(NamedTuple):
-    """What the card gives, measured: bytes/s of a large copy (read and written), FLOP/s of a large product a dtype."""
-
-    copy: float
-    bfloat16: float
-    float16: float
-    float32: float
-
-    def flops(self, dtype: torch.dtype) -> float:
-        return float(getattr(self, dtype_name(dtype)))
-
-
-@functools.cache
-def ceilings() -> Ceilings:
-    """Measured once a process, on random data (products of zeros run faster)."""
-    size = min(2 << 30, torch.cuda.mem_get_info()[0] // 4) // 4
-    source = torch.randn(size, device="cuda")
-    to = torch.empty_like(source)
-    rate = 8 * size / gpu_times({"copy": functools.partial(to.copy_, source)})["copy"]
-    del source, to
-    rates = [_product_rate(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    torch.cuda.empty_cache()
-    return Ceilings(rate, *rates)
-
-
-def _product_rate(dtype: torch.dtype, size: int = 8192) -> float:
-    if dtype == torch.bfloat16 and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return math.nan  # emulated
-    try:
-        a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
-        to = torch.empty_like(a)
-        return 2 * size**3 / gpu_times({"product": lambda: torch.mm(a, b, out=to)}, repeats=10)["product"]
-    except torch.OutOfMemoryError:
-        return math.nan
-
+from bench.records import gpu_environment, write_csv
+from bench.timing import ceilings, dtype_name, gpu_times, rotate
 
 # ---- parity ----
 
@@ -583,10 +361,6 @@ class Launch:
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         launch, more = self.kernel[grid], self.more
         return lambda *args, **keywords: launch(*args, **{**keywords, **more})
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def packed(lengths: Sequence[int], device: str) -> Any:

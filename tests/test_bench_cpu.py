@@ -86,7 +86,7 @@ def test_what_cannot_be_compared_is_not_kept():
 
 
 def test_table():
-    from bench.tables import cpu
+    from bench.bench_cpu import table as cpu
 
     lines = cpu([r | WHERE for r in sample_rows()]).splitlines()
     assert lines[0] == "| dtype | engine | 1x32 | 1x8192 | peak MB, 1x8192 | loaded, s | first result, s |"
@@ -99,14 +99,14 @@ def test_table():
 
 
 def test_readme_gets_the_table(tmp_path):
-    from bench import runner, tables
+    from bench import records, tables
 
     text = "<!-- table: cpu -->\nold\n<!-- end -->\n"
     assert tables.NOT_MEASURED_CPU in tables.fill(text, tmp_path)
     rows = [{"ratio": "", "peak_mb": "", "load_s": "", "first_s": "", **r, **WHERE} for r in sample_rows()]
-    runner.write_csv(tmp_path / "cpu.csv", [r | {"smoke": "smoke"} for r in rows])
+    records.write_csv(tmp_path / "cpu.csv", [r | {"smoke": "smoke"} for r in rows])
     assert tables.NOT_MEASURED_CPU in tables.fill(text, tmp_path)
-    runner.write_csv(tmp_path / "cpu.csv", rows)
+    records.write_csv(tmp_path / "cpu.csv", rows)
     assert "| 1,500 (1.25 x) |" in tables.fill(text, tmp_path)
 
 
@@ -308,7 +308,8 @@ def test_a_worker_that_fails_ends_or_hangs_says_so(worker, monkeypatch, rows, wh
 
 
 def test_a_worker_starts_light():
-    code = "import mmap, sys; from bench.bench_cpu import peak_mb; untouched = mmap.mmap(-1, 300 << 20); "
+    code = "import mmap, sys, bench.bench_cpu; from bench.engines import peak_mb; "
+    code += "untouched = mmap.mmap(-1, 300 << 20); "
     code += "print(peak_mb(), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     peak, torch = done.stdout.split()
@@ -349,7 +350,7 @@ def test_exit_status(monkeypatch, tmp_path, capsys, ours, plain, check):
 
 
 def test_what_was_measured_before_a_stop_is_written(monkeypatch, tmp_path):
-    from bench.runner import read_csv
+    from bench.records import read_csv
 
     rows = [row("1x32", "float32", OURS, 1000), row("1x32", "float32", "openvino", 1000)]
     with pytest.raises(KeyboardInterrupt):
@@ -392,7 +393,7 @@ sys.exit(bench.main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_smoke_run_against_transformers_without_a_peer(tmp_path):
-    from bench.runner import read_csv
+    from bench.records import read_csv
 
     words = "--smoke --cases ragged --dtype float32 --threads 1 --repeats 1 --check --providers modernbert-lite"
     folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]

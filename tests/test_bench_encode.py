@@ -40,14 +40,14 @@ def shape(name: str) -> ml.ModernBertConfig:
     [(128, 227.9, 698.7), (512, 238.4, 716.2), (2048, 276.4, 779.5), (8192, 427.4, 1031.3)],  # MFLOP a token
 )
 def test_flops_are_those_derived_elsewhere(length, base, large):
-    from bench.bench_encode_gpu import model_flops
+    from bench.flops import model_flops
 
     for name, mflop in {"base": base, "large": large}.items():
         assert model_flops(shape(name), [length] * 3) / (3 * length) == pytest.approx(mflop * 1e6, rel=1e-3)
 
 
 def test_flops_of_a_mix_are_those_of_its_texts():
-    from bench.bench_encode_gpu import model_flops
+    from bench.flops import model_flops
 
     config = shape("base")
     assert model_flops(config, [7, 300, 7]) == 2 * model_flops(config, [7]) + model_flops(config, [300])
@@ -56,7 +56,7 @@ def test_flops_of_a_mix_are_those_of_its_texts():
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 66, 129, 200])
 @pytest.mark.parametrize("window", [(64, 64), (-1, -1), (0, 3), (2, 0), (-1, 1)])
 def test_visible_keys_counts_them(length, window):
-    from bench.bench_encode_gpu import visible_keys
+    from bench.flops import visible_keys
 
     left, right = (length if side < 0 else side for side in window)
     pairs = itertools.product(range(length), repeat=2)
@@ -64,14 +64,14 @@ def test_visible_keys_counts_them(length, window):
 
 
 def test_memory_limit():
-    from bench.bench_encode_gpu import memory_limit
+    from bench.flops import memory_limit
 
     # 9 C + 3 N = 10,368 numbers a token
     assert memory_limit(shape("base"), 1000, 2, 300) == 300 + int(1.2 * 1000 * 10_368 * 2)
 
 
 def test_peak_is_known_for_sxm_parts_only():
-    from bench.bench_encode_gpu import peak_flops
+    from bench.flops import peak_flops
 
     assert peak_flops("NVIDIA H200", torch.bfloat16) == peak_flops("NVIDIA H100 80GB HBM3", torch.float16) == 989e12
     assert peak_flops("NVIDIA H100 PCIe", torch.bfloat16) is None
@@ -79,7 +79,7 @@ def test_peak_is_known_for_sxm_parts_only():
 
 
 def test_batches_repeat_the_texts_longest_first():
-    from bench.bench_encode_gpu import batch_of, pool_lengths
+    from bench.texts import batch_of, pool_lengths
 
     assert batch_of([5, 9, 3], 27) == [1, 0, 0, 2]
     assert batch_of([9], 8) == []
@@ -158,7 +158,7 @@ def test_a_provider_that_fails_costs_its_own_row(monkeypatch):
 
 
 def bench_lengths(case: str, tokens: int) -> list[int]:
-    from bench.bench_encode_gpu import batch_of, pool_lengths
+    from bench.texts import batch_of, pool_lengths
 
     lengths = pool_lengths(case)
     return [lengths[i] for i in batch_of(lengths, tokens)]
@@ -208,13 +208,13 @@ def sample_rows():
 
 
 def test_tables_and_plot():
-    from bench import plot, tables
+    from bench import bench_encode_gpu, plot, tables
 
     encode, kernels = sample_rows()
-    table = tables.encode_gpu(encode)
+    table = bench_encode_gpu.table(encode)
     assert "| base | 512 | 32,768 | 2,000,007 | 500,007 | 4.00 | 0.500 | 1.0 | 1.5 | 800 | 1e-2 |" in table
     assert "4,096" not in table
-    assert "4,096" in tables.encode_gpu(encode, every=True)
+    assert "4,096" in bench_encode_gpu.table(encode, every=True)
     assert "big" not in table
     assert "NVIDIA H200, driver 580" in table
     table = tables.kernels_gpu(kernels)
@@ -227,14 +227,14 @@ def test_tables_and_plot():
 
 
 def test_readme_is_filled_from_what_there_is(tmp_path):
-    from bench import runner, tables
+    from bench import records, tables
 
     text = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in ("encode_gpu", "kernels_gpu"))
     assert tables.fill(text, tmp_path).count(tables.NOT_MEASURED) == 2
     assert tables.fill("no markers", tmp_path) == "no markers"
     encode, kernels = sample_rows()
-    runner.write_csv(tmp_path / "encode_gpu.csv", encode)
-    runner.write_csv(tmp_path / "kernels_gpu.csv", [row | {"smoke": "smoke"} for row in kernels])
+    records.write_csv(tmp_path / "encode_gpu.csv", encode)
+    records.write_csv(tmp_path / "kernels_gpu.csv", [row | {"smoke": "smoke"} for row in kernels])
     filled = tables.fill(text, tmp_path)
     assert "2,000,007" in filled
     assert filled.count(tables.NOT_MEASURED) == 1
@@ -253,7 +253,7 @@ def test_without_a_gpu_one_line(tmp_path, capsys):
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    from bench.runner import read_csv
+    from bench.records import read_csv
 
     return read_csv(path)
 

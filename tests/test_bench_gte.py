@@ -37,7 +37,7 @@ def seconds(monkeypatch, bench):
         assert all(len(run()) == 1024 for run in runs.values())
         return {name: said[name] for name in runs}
 
-    monkeypatch.setattr(bench.runner, "measure", measure)
+    monkeypatch.setattr(bench.timing, "measure", measure)
     return said
 
 
@@ -54,7 +54,7 @@ def flops(layers, C, N, keys):
 
 @pytest.mark.parametrize("length", [1, 128, 512, 8192])
 def test_flops_of_gte(bench, length):
-    from bench.bench_encode_gpu import model_flops
+    from bench.flops import model_flops
 
     for shape, (layers, C, N) in {"large": (24, 1024, 4096), "base": (12, 768, 3072)}.items():
         config = ml.GteConfig.from_dict({"model_type": "new", **bench.SHAPES[shape]})
@@ -79,7 +79,7 @@ def test_shapes_are_those_of_the_checkpoints(bench):
 
 
 def test_lengths(bench):
-    from bench.bench_encode import ragged_lengths
+    from bench.texts import ragged_lengths
 
     assert bench.lengths_of("8x128", "cpu") == [128] * 8
     assert bench.lengths_of("8192", "cuda") == [8192] * 4
@@ -112,17 +112,17 @@ def test_a_row_a_provider(bench, seconds):
 def test_all_of_it_in_real_time(bench, tmp_path, capsys):
     out = tmp_path / "gte_cpu.csv"
     assert bench.main(["--smoke", "--repeats", "1", "--out", str(out)]) == 0
-    rows = bench.runner.read_csv(out)
+    rows = bench.records.read_csv(out)
     assert [row["case"] for row in rows[::3]] == ["8x128", "2x512", "ragged"]
     assert {row["smoke"] for row in rows} == {"smoke"}
     assert len(capsys.readouterr().out.splitlines()) == 9
 
 
 def test_without_a_place_smoke_writes_nothing(bench, seconds, monkeypatch):
-    monkeypatch.setattr(bench.runner, "write_csv", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(bench.records, "write_csv", lambda *_: pytest.fail("written"))
     assert bench.main(SMOKE) == 0
-    assert bench.parse([]).out == bench.runner.RESULTS / "gte_cpu.csv"
-    assert bench.parse(["--device", "cuda"]).out == bench.runner.RESULTS / "gte_gpu.csv"
+    assert bench.parse([]).out == bench.records.RESULTS / "gte_cpu.csv"
+    assert bench.parse(["--device", "cuda"]).out == bench.records.RESULTS / "gte_gpu.csv"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -227,18 +227,18 @@ def sample(bench, case="8x128", per_flop="1.050", ratio="1.20", **where):
 
 
 def test_table(bench):
-    from bench import tables
+    from bench.records import NOT_MEASURED
 
     rows = [*sample(bench), *sample(bench, "ragged", ratio="")]
-    head, _, first, second, _, where = tables.gte(rows).splitlines()
+    head, _, first, second, _, where = bench.table(rows).splitlines()
     assert first == "| large | 8x128 | 1,024 | float32 | 1,234 | 0.21 | 0.2 | 1.050 | 1.20 | 1.0e-06 |"
     assert second == "| large | ragged | 1,024 | float32 | 1,234 | 0.21 | 0.2 | 1.050 | – | 1.0e-06 |"
     assert head.count("|") == first.count("|")
     assert where == "AMD EPYC, 2 threads, torch 2.13.0, transformers 5.23.0, float32, commit abc, 2026-01-01."
     card = sample(bench, "512", card="NVIDIA H200", driver="580", torch="2.11.0", triton="3.6.0")
-    assert "NVIDIA H200, driver 580, torch 2.11.0, triton 3.6.0, transformers" in tables.gte(card)
-    assert "8x128" not in tables.gte(rows[:1])  # half of a case, of a run that goes on
-    assert tables.gte([]) == tables.NOT_MEASURED
+    assert "NVIDIA H200, driver 580, torch 2.11.0, triton 3.6.0, transformers" in bench.table(card)
+    assert "8x128" not in bench.table(rows[:1])  # half of a case, of a run that goes on
+    assert bench.table([]) == NOT_MEASURED
 
 
 def test_a_page_is_filled_from_what_there_is(bench, tmp_path):
@@ -247,8 +247,8 @@ def test_a_page_is_filled_from_what_there_is(bench, tmp_path):
     text = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in ("gte_cpu", "gte_gpu"))
     filled = tables.fill(text, tmp_path)
     assert filled.index(tables.NOT_MEASURED_GTE) < filled.index(tables.NOT_MEASURED)
-    bench.runner.write_csv(tmp_path / "gte_cpu.csv", sample(bench))
-    bench.runner.write_csv(tmp_path / "gte_gpu.csv", [row | {"smoke": "smoke"} for row in sample(bench)])
+    bench.records.write_csv(tmp_path / "gte_cpu.csv", sample(bench))
+    bench.records.write_csv(tmp_path / "gte_gpu.csv", [row | {"smoke": "smoke"} for row in sample(bench)])
     filled = tables.fill(text, tmp_path)
     assert filled.count("| large | 8x128 |") == filled.count(tables.NOT_MEASURED) == 1
     assert tables.fill((ROOT / "docs" / "numbers.md").read_text()).count("table: gte_") == 2
@@ -268,7 +268,7 @@ def test_the_run_on_a_gpu_has_its_rows(bench, seconds, monkeypatch, tmp_path):
     assert [row["provider"] for row in findings.rows["gte"]] == [bench.GTE, bench.MODERNBERT, bench.THEIRS]
     (tmp_path / "tests.log").write_text("")
     gpu.write(findings, tmp_path, smoke=False)
-    assert len(bench.runner.read_csv(tmp_path / "gte_gpu.csv")) == 3
+    assert len(bench.records.read_csv(tmp_path / "gte_gpu.csv")) == 3
     assert "| smoke | 8x128 | 1,024 | float32 |" in (tmp_path / "report.md").read_text()
 
 

@@ -24,13 +24,17 @@ def bench(monkeypatch):
     return lambda op=None: importlib.import_module(f"bench.bench_{op}" if op else "bench.runner")
 
 
+def timing():
+    return importlib.import_module("bench.timing")
+
+
 @pytest.fixture
 def stopped_clock(monkeypatch, bench):
     """As on a GPU, but on this machine, tiny, and every call takes 10 microseconds."""
     runner = bench()
     monkeypatch.setattr(runner, "SHAPES", dict.fromkeys(runner.SHAPES, runner.TINY))
     monkeypatch.setattr(runner, "gpu_environment", lambda: {"card": "none", "torch": torch.__version__})
-    monkeypatch.setattr(runner, "ceilings", lambda: runner.Ceilings(4e12, 7e14, 7e14, 5e13))
+    monkeypatch.setattr(runner, "ceilings", lambda: timing().Ceilings(4e12, 7e14, 7e14, 5e13))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=10_000))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
     if not GPU:
@@ -87,10 +91,12 @@ def test_without_a_gpu_it_says_so(bench, op, capsys, monkeypatch):
 
 @pytest.mark.parametrize("op", OPS)
 def test_rows_and_csv(bench, stopped_clock, op, tmp_path, capsys):
+    from bench.records import read_csv
+
     where = ["--out", str(tmp_path), "--tokens", "40", "--dtype", "float32", "--no-compile"]
     where += ["--cases", {"attention": "small 20", "pooling": "small cls"}.get(op, "small")]
     assert bench(op).main(where) == 0
-    rows = stopped_clock.read_csv(tmp_path / f"{op}.csv")
+    rows = read_csv(tmp_path / f"{op}.csv")
     assert list(rows[0]) == [*stopped_clock.COLUMNS, "card", "torch"]
     assert {row["provider"] for row in rows} >= {"torch", "triton"}
     for row in rows:
@@ -242,13 +248,13 @@ def card(monkeypatch, bench):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
-    monkeypatch.setattr(bench(), "time", SimpleNamespace(perf_counter=lambda: state.now))
+    monkeypatch.setattr("bench.timing.time", SimpleNamespace(perf_counter=lambda: state.now))
     state.providers = {"short": provider("short", 3e-5), "long": provider("long", 3e-3)}
     return state
 
 
 def test_gpu_times(card, bench):
-    times = bench().gpu_times(card.providers, repeats=3, seconds=0.0)
+    times = timing().gpu_times(card.providers, repeats=3, seconds=0.0)
     assert times["short"] == pytest.approx(3e-5)
     assert times["long"] == pytest.approx(3e-3)
     # Regions of 1 ms at least, in turns, every second turn backwards.
@@ -257,7 +263,7 @@ def test_gpu_times(card, bench):
 
 
 def test_host_and_gpu_time(card, bench):
-    assert bench().host_and_gpu_time(card.providers["long"], repeats=3) == (pytest.approx(3e-3), pytest.approx(3e-3))
+    assert timing().host_and_gpu_time(card.providers["long"], repeats=3) == (pytest.approx(3e-3), pytest.approx(3e-3))
 
 
 def test_gpu_environment(bench):

@@ -53,7 +53,7 @@ def test_memory_that_is_held_shows(bench):
 def test_all_of_it_in_real_time(bench, tmp_path, capsys):
     out = tmp_path / "sizes_cpu.csv"
     assert bench.main(["--smoke", "--check", "--dtype", "float32", "int8", "--threads", "1", "--out", str(out)]) == 0
-    rows = bench.runner.read_csv(out)
+    rows = bench.records.read_csv(out)
     assert [r["dtype"] for r in rows] == ["float32", "int8"]
     columns = "model shape dtype sizes tokens grown_mb peak_mb new_cpu_s known_cpu_s cpu_ratio new_wall_s known_wall_s "
     columns += "wall_ratio tokens_per_s date commit machine threads modernbert-lite torch capability smoke"
@@ -90,7 +90,7 @@ def test_only_check_fails_and_rows_are_kept(bench, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
     out = tmp_path / "sizes.csv"
     assert bench.main(["--sizes", "300", "--threads", "2", "--out", str(out), *more]) == code
-    assert [r["cpu_ratio"] for r in bench.runner.read_csv(out)] == ["1.0", "1.0", "1.2"]
+    assert [r["cpu_ratio"] for r in bench.records.read_csv(out)] == ["1.0", "1.0", "1.2"]
     said = "not as promised: int8: a new size takes 1.2 x a known one, promised 1.05\n"
     assert capsys.readouterr().err == (said if code else "")
 

@@ -87,7 +87,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
 def plots(results: Path = RESULTS) -> dict[str, str]:
     """The plots of docs/, by their files' names. bench_cpu writes its own plot beside its rows."""
     rows = read_csv(results / "encode_cpu.csv")
-    return {"encode_cpu.svg": plot.speeds(rows, _where(rows))}
+    return {"encode_cpu.svg": plot.speeds(rows, where(rows))}
 
 
 if __name__ == "__main__":

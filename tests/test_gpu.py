@@ -354,7 +354,7 @@ def test_exporting_first_decides_nothing_for_later(make_checkpoint, tmp_path):
 import torch, modernbert_lite as ml
 from modernbert_lite.ops import choose
 from modernbert_lite.ops.choose import OPS
-model = ml.load_model({str(folder)!r}, device={DEVICE!r}, dtype="float32")
+model = ml.load_model({str(folder)!r}, device={DEVICE!r}, dtype="float32", packed=False)
 class Encoder(torch.nn.Module):
     def __init__(self):
         super().__init__()

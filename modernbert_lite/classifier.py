@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, overload
 
 import numpy as np
 import torch
@@ -13,17 +13,31 @@ from torch import Tensor
 from .batch import PackedBatch
 from .checkpoint.open import Checkpoint
 from .models.registry import network_class
-from .pipeline.base import Pipeline, keyworded, on_host
-from .pipeline.inputs import check_text, check_text_or_pair, keeping, length, listed
+from .pipeline.base import Pipeline
+from .pipeline.feed import on_host
+from .pipeline.inputs import check_text, check_text_or_pair, listed
+from .pipeline.keywords import keyworded
 from .pipeline.tokenizer import FirstCut, Text
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
 
-Scores = list[dict[str, Any]]
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
     "none": lambda logits: logits,
 }
+
+
+class Score(TypedDict):
+    label: str
+    score: float
+
+
+class ZeroShot(TypedDict):
+    """Labels and their scores, best first."""
+
+    sequence: str
+    labels: list[str]
+    scores: list[float]
 
 
 class Classifier(Pipeline):
@@ -45,6 +59,24 @@ class Classifier(Pipeline):
         several = problem == "multi_label_classification" or len(self.labels) == 1
         self.function_to_apply = "none" if problem == "regression" else "sigmoid" if several else "softmax"
 
+    @overload
+    def predict(  # type: ignore[overload-overlap]
+        self,
+        texts: str,
+        *,
+        top_k: int | None = ...,
+        function_to_apply: str | None = ...,
+        show_progress_bar: bool | None = ...,
+    ) -> list[Score]: ...
+    @overload
+    def predict(
+        self,
+        texts: Iterable[Text],
+        *,
+        top_k: int | None = ...,
+        function_to_apply: str | None = ...,
+        show_progress_bar: bool | None = ...,
+    ) -> list[list[Score]]: ...
     @keyworded
     def predict(
         self,
@@ -53,7 +85,7 @@ class Classifier(Pipeline):
         top_k: int | None = None,
         function_to_apply: str | None = None,
         show_progress_bar: bool | None = None,
-    ) -> list[Any]:
+    ) -> list[Score] | list[list[Score]]:
         """For every text a list of {"label", "score"}, best first; of one string, that list alone.
 
         texts: a string, or an iterable of strings and of pairs of strings (tuples or lists); one pair is [(a, b)].
@@ -65,7 +97,7 @@ class Classifier(Pipeline):
         """
         top_k = None if top_k is None else whole_number("top_k", top_k)
 
-        def best(rows: list[Tensor]) -> list[Scores]:
+        def best(rows: list[Tensor]) -> list[list[Score]]:
             scores = self._stacked(rows)
             return [
                 [{"label": self.labels[i], "score": float(row[i])} for i in order[:top_k]]
@@ -106,6 +138,26 @@ class Classifier(Pipeline):
         results = self.rows(given, self._forward(name), show_progress_bar, made)
         return results[0] if single else results
 
+    @overload
+    def zero_shot(  # type: ignore[overload-overlap]
+        self,
+        texts: str,
+        labels: str | Iterable[str],
+        *,
+        hypothesis_template: str = ...,
+        multi_label: bool = ...,
+        show_progress_bar: bool | None = ...,
+    ) -> ZeroShot: ...
+    @overload
+    def zero_shot(
+        self,
+        texts: Iterable[str],
+        labels: str | Iterable[str],
+        *,
+        hypothesis_template: str = ...,
+        multi_label: bool = ...,
+        show_progress_bar: bool | None = ...,
+    ) -> list[ZeroShot]: ...
     @keyworded
     def zero_shot(
         self,
@@ -115,7 +167,7 @@ class Classifier(Pipeline):
         hypothesis_template: str = "This example is {}.",
         multi_label: bool = False,
         show_progress_bar: bool | None = None,
-    ) -> Any:
+    ) -> ZeroShot | list[ZeroShot]:
         """For every text {"sequence": the text, "labels": best first, "scores": of those}; of one string, one dict.
 
         A model of natural language inference reads each text as the premise of every label's hypothesis, which is the
@@ -142,9 +194,7 @@ class Classifier(Pipeline):
                 kept.append(text)
                 yield from (FirstCut((text, hypothesis)) for hypothesis in hypotheses)
 
-        rows: list[Tensor] = []
-
-        def results() -> list[dict[str, Any]]:
+        def results(rows: list[Tensor]) -> list[ZeroShot]:
             """Of the texts all of whose pairs are scored."""
             count = len(rows) // len(names)
             by_label = self._stacked(rows[: count * len(names)]).reshape(count, len(names), len(self.labels))
@@ -158,12 +208,9 @@ class Classifier(Pipeline):
                 for text, row, order in zip(kept[:count], scores, orders, strict=True)
             ]
 
-        total = length(items)
-        with keeping(results, items):
-            all_pairs = total and total * len(names)
-            for block in self.run(pairs(), self._forward("none"), show_progress_bar, all_pairs, each=len(names)):
-                rows += block
-        return results()[0] if single else results()
+        forward = self._forward("none")
+        found: list[ZeroShot] = self.rows(items, forward, show_progress_bar, results, feeding=pairs(), each=len(names))
+        return found[0] if single else found
 
     def _forward(self, function: str) -> Callable[[PackedBatch], Iterator[Tensor | None]]:
         def forward(batch: PackedBatch) -> Iterator[Tensor | None]:

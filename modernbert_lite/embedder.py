@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 
 import numpy as np
 import torch
@@ -16,21 +16,37 @@ from .checkpoint.dense import finish, on_vectors
 from .checkpoint.hub import BUNDLED
 from .checkpoint.open import Checkpoint
 from .checkpoint.sentence import SIMILARITIES, USUAL_PROMPTS, Pooling, similarity_name
-from .checkpoint.sparse import TASKS, Static
+from .checkpoint.sparse import Static
 from .models.registry import encoder_class, head_class
 from .ops import pooling
 from .pipeline import sparse
-from .pipeline.base import Pipeline, keyworded, on_host, windows
-from .pipeline.inputs import Given, check_text, keeping, length, listed
-from .pipeline.prompts import Prompted
+from .pipeline.inputs import Given, keeping, length, listed
+from .pipeline.keywords import keyworded
 from .pipeline.tokenizer import Text
+from .pipeline.tokens import TextOutput, TokenVectors, as_they_are, check_ids
 from .pipeline.vectors import PRECISIONS, check_ranges, floats, no_range, quantize_embeddings
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+P = TypeVar("P", bound="Embedder")
 _OUTPUTS = ("sentence_embedding", "token_embeddings", None)
 
 
-class Embedder(Prompted, Pipeline):
+class Options(TypedDict, total=False):
+    """Options of `encode`."""
+
+    prompt_name: str | None
+    prompt: str | None
+    normalize_embeddings: bool
+    truncate_dim: int | None
+    precision: str
+    ranges: np.ndarray | None
+    show_progress_bar: bool | None
+
+
+class Embedder(TokenVectors):
     """An embedding model. `prompts`, `default_prompt_name`, `similarity_fn_name` and `max_seq_length` are the
     repository's own, and may be set; `dimension` is the width of its vectors before `truncate_dim`, which may be given
     to `from_pretrained`, or set, for all of them. Without a path_or_id that takes the bundled model, and says so on
@@ -40,8 +56,32 @@ class Embedder(Prompted, Pipeline):
     say, `max_active_dims` how many weights a text keeps (None: all), and `dimension` its vocabulary's size."""
 
     default_model = BUNDLED
-    own_options = ("truncate_dim",)
     usual_prompts = USUAL_PROMPTS
+
+    @classmethod
+    @keyworded
+    def from_pretrained(
+        cls: type[P],
+        path_or_id: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        max_seq_length: int | None = None,
+        batch_tokens: int | None = None,
+        threads: int | None = None,
+        on_long: str = "truncate",
+        cuda_graphs: bool = True,
+        truncate_dim: int | None = None,
+    ) -> P:
+        """As every class's `from_pretrained`. truncate_dim: how many numbers of each vector
+        are given, instead of the repository's."""
+        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        options = {"device": device, "dtype": dtype, "max_seq_length": max_seq_length, "batch_tokens": batch_tokens}
+        options["truncate_dim"] = truncate_dim
+        return cls._open(path_or_id, threads, hub, **options, on_long=on_long, cuda_graphs=cuda_graphs)
 
     def __init__(self, checkpoint: Checkpoint, *, truncate_dim: int | None = None, **options: Any):
         self.check(checkpoint)
@@ -92,16 +132,6 @@ class Embedder(Prompted, Pipeline):
         self._truncate_dim = self._check_dim(value)
 
     @property
-    def max_active_dims(self) -> int | None:
-        """How many weights `encode_sparse` keeps of a text where a call doesn't say, the largest; None: all. Setting it
-        raises OptionError for anything else than None and whole numbers from 1."""
-        return self._max_active_dims
-
-    @max_active_dims.setter
-    def max_active_dims(self, value: int | None) -> None:
-        self._max_active_dims = sparse.most_active(value, None)
-
-    @property
     def similarity_fn_name(self) -> str:
         """What `similarity` computes: "cosine", "dot", "euclidean" or "manhattan". May be set to one of them, to the
         name of sentence-transformers' function ("cos_sim"), or to a member of its enumeration; raises OptionError for
@@ -112,6 +142,30 @@ class Embedder(Prompted, Pipeline):
     def similarity_fn_name(self, value: Any) -> None:
         self._similarity_fn_name = similarity_name(value, SIMILARITIES)
 
+    @overload
+    def encode(
+        self,
+        sentences: str | Iterable[str],
+        *,
+        output_value: Literal["sentence_embedding"] = ...,
+        **options: Unpack[Options],
+    ) -> np.ndarray: ...
+    @overload
+    def encode(  # type: ignore[overload-overlap]
+        self, sentences: str, *, output_value: Literal["token_embeddings"], **options: Unpack[Options]
+    ) -> np.ndarray: ...
+    @overload
+    def encode(
+        self, sentences: Iterable[str], *, output_value: Literal["token_embeddings"], **options: Unpack[Options]
+    ) -> list[np.ndarray]: ...
+    @overload
+    def encode(  # type: ignore[overload-overlap]
+        self, sentences: str, *, output_value: None, **options: Unpack[Options]
+    ) -> TextOutput: ...
+    @overload
+    def encode(
+        self, sentences: Iterable[str], *, output_value: None, **options: Unpack[Options]
+    ) -> list[TextOutput]: ...
     @keyworded
     def encode(
         self,
@@ -125,7 +179,7 @@ class Embedder(Prompted, Pipeline):
         ranges: np.ndarray | None = None,
         output_value: str | None = "sentence_embedding",
         show_progress_bar: bool | None = None,
-    ) -> np.ndarray | Any:
+    ) -> np.ndarray | list[np.ndarray] | TextOutput | list[TextOutput]:
         """Vectors of texts, (N, dimension) in their order; of one string, (dimension,).
 
         sentences: a string, or any iterable of strings, which is read lazily in bounded memory.
@@ -178,33 +232,41 @@ class Embedder(Prompted, Pipeline):
             vectors = quantize_embeddings(floats, precision, ranges)
         return vectors[0] if single else vectors
 
-    def encode_query(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray:
+    def encode_query(self, sentences: str | Iterable[str], **options: Unpack[Options]) -> np.ndarray:
         """`encode` with the prompt named "query"; with none if the repository has none (the default isn't taken)."""
-        return self._encode_as(("query",), sentences, kwargs)
+        return self._encode_as(("query",), sentences, options)
 
-    def encode_document(self, sentences: str | Iterable[str], **kwargs: Any) -> np.ndarray:
+    def encode_document(self, sentences: str | Iterable[str], **options: Unpack[Options]) -> np.ndarray:
         """`encode` with the prompt named "document", "passage" or "corpus"; with none if the repository has none."""
-        return self._encode_as(("document", "passage", "corpus"), sentences, kwargs)
+        return self._encode_as(("document", "passage", "corpus"), sentences, options)
 
     @keyworded
-    def token_offsets(
-        self, sentences: str | Iterable[str], *, prompt_name: str | None = None, prompt: str | None = None
-    ) -> list[np.ndarray] | Any:
-        """Where in each text the rows of encode(.., output_value="token_embeddings") stand: for every text an array
-        (tokens, 2), int64, of characters [start, end) of the text as given, without its prompt; of one string, that
-        array. Special tokens and the prompt's have (0, 0). A token over the border of both has its part of the text.
+    def encode_ids(
+        self,
+        sequences: Iterable[Sequence[int]],
+        *,
+        prompt_tokens: int = 0,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray:
+        """Vectors of texts that are token ids already, (N, dimension) in their order: what a server or a trainer has.
+        `encode(texts)` is `encode_ids(token_ids(texts))`.
 
-        For late chunking, embed a long text once, and average the rows whose characters lie in each chunk. Prompts and
-        errors are as in `encode`; a text over max_seq_length has the offsets of what is left, whatever on_long says.
+        sequences: lists, arrays or tensors of ids, with the special tokens that the model was trained with.
+        prompt_tokens: how many of the first ids of each sequence are a prompt's, for the models whose pooling leaves
+        prompts out. The other options are as in `encode`. Raises TypeError for what is no sequence of whole numbers,
+        ValueError for an empty one, for one over max_seq_length, and for ids outside the vocabulary.
         """
-        prompt = self._resolve_prompt(prompt_name, prompt)
-        texts, single = listed(sentences, "sentences")
-        results: list[np.ndarray] = []
-        for window in windows(prompt + text for text in texts):  # the tokenizer's own results are a lot larger
-            for tokens in self.tokenizer.offsets(window, len(results)):
-                spans = np.array([span or (0, 0) for _, span in tokens], np.int64).reshape(-1, 2)
-                results.append(np.maximum(spans - len(prompt), 0))
-        return results[0] if single else results
+        self._check_dense()
+        size, most = self.config.vocab_size, self.max_seq_length
+        given, _ = listed(
+            sequences, "sequences", lambda ids, i: check_ids(ids, i, size, most), "an iterable of lists of token ids", 2
+        )
+        skip = 0 if self.pooling.include_prompt else whole_number("prompt_tokens", prompt_tokens, 0)
+        unit, dim = normalize_embeddings or self.normalizes, self._check_dim(truncate_dim) or self.truncate_dim
+        blocks = self.run(given, self._pooled(skip, unit, dim), show_progress_bar, length(given), encode=as_they_are)
+        return _gather((torch.stack(rows).numpy() for rows in blocks), given, dim or self.dimension)
 
     @keyworded
     def stream(
@@ -225,6 +287,12 @@ class Embedder(Prompted, Pipeline):
         unit = normalize_embeddings or self.normalizes
         dim = self._check_dim(truncate_dim) or self.truncate_dim
 
+        forward = self._pooled(skip, unit, dim)
+        for rows in self.run((prompt + text for text in given), forward, show_progress_bar, length(given)):
+            yield torch.stack(rows).numpy()
+
+    def _pooled(self, skip: int, unit: bool, dim: int | None) -> Callable[[PackedBatch], Tensor]:
+        """What makes vectors of a batch. skip: how many tokens of each sequence are not pooled."""
         alone = skip == 0 and self.pooling.modes in (("cls",), ("lasttoken",))  # then the network computes no other
 
         def forward(batch: PackedBatch) -> Tensor:
@@ -234,103 +302,7 @@ class Embedder(Prompted, Pipeline):
             pooled = x.float() if alone else pooling.pool(x, batch, self.pooling.modes, skip)
             return finish(pooled, self.dense, unit, dim)
 
-        for rows in self.run((prompt + text for text in given), forward, show_progress_bar, length(given)):
-            yield torch.stack(rows).numpy()
-
-    @keyworded
-    def encode_sparse(
-        self,
-        sentences: str | Iterable[str],
-        *,
-        task: str | None = None,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        max_active_dims: int | None = None,
-        keys: str = "tokens",
-        show_progress_bar: bool | None = None,
-    ) -> Any:
-        """For every text {token: weight}, a list in their order; of one string, one dict. Two texts match by the sum,
-        over the tokens that they share, of the products of both weights.
-
-        Of a sparse encoder (SPLADE), as sentence-transformers' SparseEncoder has it: any token of the vocabulary may
-        have a weight, special ones, too. Of gte-multilingual-base, as its card has it: a token's weight is the larger
-        one of 0 and the token classifier's logit, the largest where a token comes several times; special tokens are
-        left out. Tokens without a weight are not in the dict.
-
-        task: "query" or "document", where a sparse encoder's files tell them apart; queries may then need no network.
-        (Those are cut to the length of their own tokenizer, whatever max_seq_length is.) prompt, prompt_name: as in
-        `encode`. max_active_dims: the most weights a text keeps, the largest; None: as the repository says.
-        keys: "tokens", as decoded, without SentencePiece's mark of a word's start (a lone one is "", and so is what
-        the tokenizer doesn't know); of several that are decoded alike, the largest counts. "ids": numbers of tokens,
-        none of which is lost.
-        Raises CheckpointError for a model that doesn't have such weights, OptionError for a task that it doesn't have.
-        """
-        if not self.sparse:
-            raise CheckpointError(
-                f"this {self.config.architecture} has no sparse token weights: they need a sparse encoder's files "
-                "(MLMTransformer and SpladePooling in modules.json), or a token classifier of one label beside the "
-                "encoder, as in Alibaba-NLP/gte-multilingual-base"
-            )
-        if keys not in sparse.KEYS:
-            raise OptionError(f"keys is {shown(keys)}; it must be one of {', '.join(sparse.KEYS)}")
-        most = sparse.most_active(max_active_dims, self.max_active_dims)
-        side, forward = self._side(task)
-        prompt = self._resolve_prompt(prompt_name, prompt)
-        given, single = listed(sentences, "sentences", lambda text, i: prompt + check_text(text, i))
-        decode = None if keys == "ids" else self.tokenizer.decode
-
-        def made(rows: list[sparse.Row]) -> list[dict[Any, float]]:
-            return [sparse.to_dict(row, most, decode) for row in rows]
-
-        results = side.rows(given, forward, show_progress_bar, made)
-        return results[0] if single else results
-
-    def _encode_tokens(
-        self,
-        sentences: str | Iterable[str],
-        prompt: str,
-        everything: bool,
-        unit: bool,
-        dim: int | None,
-        show_progress_bar: bool | None,
-    ) -> Any:
-        """encode() where it gives tokens' vectors: those alone, or everything about a text. unit, dim: of its own."""
-        given, single = listed(sentences, "sentences", lambda text, i: prompt + check_text(text, i))
-        skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
-
-        def forward(batch: PackedBatch) -> list[Any]:
-            x = finish(self.network(batch, False).float(), self.on_tokens, False, None)
-            tokens = x.cpu().split(batch.seqlens)
-            checked = [row if row.isfinite().all() else None for row in tokens]
-            if not everything:
-                return checked
-            vectors = on_host(finish(pooling.pool(x, batch, self.pooling.modes, skip), self.dense, unit, dim))
-            ids = batch.input_ids.cpu().long().split(batch.seqlens)
-            rows = zip(ids, checked, vectors, strict=True)
-            return [row if all(part is not None for part in row) else None for row in rows]
-
-        def result(row: Any) -> Any:
-            if not everything:
-                return row.numpy()
-            ids, tokens, vector = (part.numpy() for part in row)
-            return {
-                "input_ids": ids,
-                "attention_mask": np.ones_like(ids),
-                "token_embeddings": tokens,
-                "sentence_embedding": vector,
-            }
-
-        results = self.rows(given, forward, show_progress_bar, lambda rows: [result(row) for row in rows])
-        return results[0] if single else results
-
-    def encode_sparse_query(self, sentences: str | Iterable[str], **kwargs: Any) -> Any:
-        """`encode_sparse` with the task "query" and the prompt of that name; with none if the repository has none."""
-        return self._encode_sparse_as("query", sentences, kwargs)
-
-    def encode_sparse_document(self, sentences: str | Iterable[str], **kwargs: Any) -> Any:
-        """`encode_sparse` with the task "document" and the prompt of that name; with none if the repository has none.
-        (Not with one named "passage" or "corpus": SparseEncoder doesn't take them either.)"""
-        return self._encode_sparse_as("document", sentences, kwargs)
+        return forward
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> np.ndarray:
         """(N, D) and (M, D) -> (N, M) by `similarity_fn_name`; distances (euclidean, manhattan) are negated. One vector
@@ -347,32 +319,10 @@ class Embedder(Prompted, Pipeline):
                 return (a @ b.T).numpy()
             return -torch.cdist(a, b, p=2.0 if self.similarity_fn_name == "euclidean" else 1.0).numpy()
 
-    def _encode_as(self, names: tuple[str, ...], sentences: str | Iterable[str], kwargs: dict[str, Any]) -> np.ndarray:
+    def _encode_as(self, names: tuple[str, ...], sentences: str | Iterable[str], kwargs: Any) -> np.ndarray:
         if kwargs.get("prompt") is None and kwargs.get("prompt_name") is None:
             kwargs["prompt"] = next((self.prompts[name] for name in names if name in self.prompts), "")
         return self.encode(sentences, **kwargs)
-
-    def _encode_sparse_as(self, task: str, sentences: str | Iterable[str], kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("prompt") is None and kwargs.get("prompt_name") is None:
-            kwargs["prompt"] = self.prompts.get(task, "")
-        return self.encode_sparse(sentences, task=task, **kwargs)
-
-    def _side(self, task: str | None) -> tuple[Pipeline, Callable[[PackedBatch], list[Any]]]:
-        """What feeds texts of this task, and what makes rows of their batches."""
-        if task not in (*TASKS, None):
-            raise OptionError(f"task is {shown(task)}; it must be one of {', '.join(TASKS)}, or None")
-        if self.splade is None:
-            return self, partial(sparse.token_weights, self.model, self.tokenizer.unweighted)
-        road = self.splade.road(task)
-        if road is None:
-            has = [name for name in TASKS if self.splade.road(name)]
-            raise OptionError(f"task is {task!r}, for which this model has no route; it has {has}")
-        if not isinstance(road, Static):
-            return self, partial(sparse.splade_weights, self.model, self.network, road)
-        asking = copy.copy(self)
-        asking.model = static = self.static[road.folder]
-        asking.tokenizer, asking.max_seq_length, asking.typed = static.tokenizer, static.max_length, False
-        return asking, static
 
     def _not_finite(self, text: Text, i: int) -> ValueError:
         error = super()._not_finite(text, i)

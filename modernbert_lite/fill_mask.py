@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -12,12 +12,20 @@ from torch import Tensor
 from .batch import PackedBatch
 from .checkpoint.open import Checkpoint
 from .models.registry import network_class
-from .pipeline.base import Pipeline, keyworded
-from .pipeline.inputs import check_text, keeping, length, listed
+from .pipeline.base import Pipeline
+from .pipeline.inputs import check_text, listed
+from .pipeline.keywords import keyworded
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
 
-Prediction = dict[str, Any]
 _ROWS = 256  # [MASK]s whose logits, a vocabulary wide, are held at a time
+
+
+class Prediction(TypedDict):
+    """A token in a mask's place, and its probability."""
+
+    token: str
+    token_id: int
+    score: float
 
 
 class FillMask(Pipeline):
@@ -37,6 +45,24 @@ class FillMask(Pipeline):
             raise CheckpointError(f"the tokenizer in {checkpoint.folder} has no mask token")
         self.mask_token = self.tokenizer.mask_token
 
+    @overload
+    def predict(  # type: ignore[overload-overlap]
+        self,
+        texts: str,
+        *,
+        top_k: int = ...,
+        targets: str | Iterable[str] | None = ...,
+        show_progress_bar: bool | None = ...,
+    ) -> list[list[Prediction]]: ...
+    @overload
+    def predict(
+        self,
+        texts: Iterable[str],
+        *,
+        top_k: int = ...,
+        targets: str | Iterable[str] | None = ...,
+        show_progress_bar: bool | None = ...,
+    ) -> list[list[list[Prediction]]]: ...
     @keyworded
     def predict(
         self,
@@ -45,7 +71,7 @@ class FillMask(Pipeline):
         top_k: int = 5,
         targets: str | Iterable[str] | None = None,
         show_progress_bar: bool | None = None,
-    ) -> list[Any]:
+    ) -> list[list[Prediction]] | list[list[list[Prediction]]]:
         """For every text a list of its [MASK]s, each a list of {"token", "token_id", "score"}, likeliest first; of
         one string, that list alone. "token" is as decoded, with its leading space; "score" its probability.
 
@@ -92,15 +118,15 @@ class FillMask(Pipeline):
             finite = [all(math.isfinite(best[0]["score"]) for best in text) for text in results]
             return [text if fine else None for text, fine in zip(results, finite, strict=True)]
 
-        filled: list[Any] = []
-        with keeping(lambda: filled, items):
-            for block in self.run(items, forward, show_progress_bar, length(items)):
-                if [] in block:
-                    i = len(filled) + block.index([])
-                    raise ValueError(
-                        f"the {self.mask_token} of text {i} lies beyond its first {self.max_seq_length} tokens"
-                    )
-                filled += block
+        def reached(block: list[list[list[Prediction]]], first: int) -> list[list[list[Prediction]]]:
+            if [] in block:
+                i = first + block.index([])
+                raise ValueError(
+                    f"the {self.mask_token} of text {i} lies beyond its first {self.max_seq_length} tokens"
+                )
+            return block
+
+        filled: list[list[list[Prediction]]] = self.rows(items, forward, show_progress_bar, block=reached)
         return filled[0] if single else filled
 
     __call__ = predict

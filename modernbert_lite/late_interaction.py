@@ -3,13 +3,15 @@ arXiv 2004.12832), as PyLate's and sentence-transformers' files say."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .batch import PackedBatch, pack
@@ -17,11 +19,14 @@ from .checkpoint.dense import finish, on_vectors
 from .checkpoint.open import Checkpoint
 from .checkpoint.sentence import LATE_SIMILARITIES, USUAL_PROMPTS, similarity_name
 from .models.registry import encoder_class
-from .pipeline.base import Pipeline, keyworded
+from .pipeline.base import Pipeline
 from .pipeline.inputs import check_text, listed
+from .pipeline.keywords import keyworded
 from .pipeline.prompts import Prompted
 from .pipeline.vectors import floats
 from .reading import CheckpointError, OptionError, whole_number
+
+P = TypeVar("P", bound="LateInteraction")
 
 # Of maxsim: the tokens of documents, and the dot products, that are in memory at a time, if one pair needs no more.
 _DOCUMENT_TOKENS, _PRODUCTS = 1 << 13, 1 << 23
@@ -76,8 +81,31 @@ class LateInteraction(Prompted, Pipeline):
     repository's own or given to `from_pretrained`; `prompts` has what "query" and "document" texts begin with;
     `dimension` is the width of the vectors. Short queries are padded to `padded_length` (0: none are)."""
 
-    own_options = ("query_length",)
     usual_prompts = USUAL_PROMPTS
+
+    @classmethod
+    @keyworded
+    def from_pretrained(
+        cls: type[P],
+        path_or_id: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        max_seq_length: int | None = None,
+        batch_tokens: int | None = None,
+        threads: int | None = None,
+        on_long: str = "truncate",
+        cuda_graphs: bool = True,
+        query_length: int | None = None,
+    ) -> P:
+        """As every class's `from_pretrained`. query_length: the most tokens of a query, instead of the repository's."""
+        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        options = {"device": device, "dtype": dtype, "max_seq_length": max_seq_length, "batch_tokens": batch_tokens}
+        options["query_length"] = query_length
+        return cls._open(path_or_id, threads, hub, **options, on_long=on_long, cuda_graphs=cuda_graphs)
 
     def __init__(self, checkpoint: Checkpoint, *, query_length: int | None = None, **options: Any):
         self.check(checkpoint)
@@ -129,8 +157,14 @@ class LateInteraction(Prompted, Pipeline):
             self._check_left(padded, "query_length")
         self._query_length, self.padded_length = value, padded
 
+    @overload
+    def encode_queries(self, texts: str, *, show_progress_bar: bool | None = ...) -> np.ndarray: ...  # type: ignore[overload-overlap]
+    @overload
+    def encode_queries(self, texts: Iterable[str], *, show_progress_bar: bool | None = ...) -> list[np.ndarray]: ...
     @keyworded
-    def encode_queries(self, texts: str | Iterable[str], *, show_progress_bar: bool | None = None) -> Any:
+    def encode_queries(
+        self, texts: str | Iterable[str], *, show_progress_bar: bool | None = None
+    ) -> np.ndarray | list[np.ndarray]:
         """A list of float32 arrays (tokens, dimension), one a text in their order; of one string, one array.
 
         Longer queries are cut to `query_length` tokens. Those that pad a shorter one have vectors, too, and count in
@@ -143,8 +177,14 @@ class LateInteraction(Prompted, Pipeline):
         limits: dict[str, Any] = {"max_length": self.query_length, "batch_tokens": batch_tokens}
         return self._encode("query", texts, show_progress_bar, **limits)
 
+    @overload
+    def encode_documents(self, texts: str, *, show_progress_bar: bool | None = ...) -> np.ndarray: ...  # type: ignore[overload-overlap]
+    @overload
+    def encode_documents(self, texts: Iterable[str], *, show_progress_bar: bool | None = ...) -> list[np.ndarray]: ...
     @keyworded
-    def encode_documents(self, texts: str | Iterable[str], *, show_progress_bar: bool | None = None) -> Any:
+    def encode_documents(
+        self, texts: str | Iterable[str], *, show_progress_bar: bool | None = None
+    ) -> np.ndarray | list[np.ndarray]:
         """As encode_queries; cut to `max_seq_length` tokens. Tokens of the repository's skip list (mostly punctuation)
         have no vector."""
         return self._encode("document", texts, show_progress_bar)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -15,11 +15,24 @@ from .checkpoint.open import Checkpoint
 from .checkpoint.sentence import Pooling, SentenceConfig
 from .models.registry import encoder_class, network_class
 from .ops import pooling
-from .pipeline.base import Pipeline, keyworded, on_host
+from .pipeline.base import Pipeline
+from .pipeline.feed import on_host
 from .pipeline.inputs import Pair, brief, check_pair, check_text_or_pair, listed
+from .pipeline.keywords import keyworded
 from .pipeline.prompts import Prompted
 from .pipeline.tokenizer import Text
 from .reading import OptionError, whole_number
+
+
+class _Ranked(TypedDict):
+    corpus_id: int
+    score: float
+
+
+class Ranked(_Ranked, total=False):
+    """A document's place in the list that was ranked, and its score."""
+
+    text: str
 
 
 class Reranker(Prompted, Pipeline):
@@ -115,7 +128,7 @@ class Reranker(Prompted, Pipeline):
         prompt_name: str | None = None,
         prompt: str | None = None,
         show_progress_bar: bool | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Ranked]:
         """[{"corpus_id", "score", "text"}], best first; "text" with return_documents. Equal scores keep their order.
         prompt_name, prompt: as in `predict`, before the query.
 
@@ -144,10 +157,10 @@ class Reranker(Prompted, Pipeline):
         return finish(pooling.pool(x, batch, self.pooling.modes, skip), self.head, self.normalizes, None)
 
 
-def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_documents: bool) -> list[dict[str, Any]]:
+def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_documents: bool) -> list[Ranked]:
     """Scores (N,) and their documents -> the best `top_k`, best first."""
     order = np.argsort(-scores, kind="stable")[:top_k]
-    results: list[dict[str, Any]] = [{"corpus_id": int(i), "score": float(scores[i])} for i in order]
+    results: list[Ranked] = [{"corpus_id": int(i), "score": float(scores[i])} for i in order]
     if return_documents:
         for result in results:
             result["text"] = documents[result["corpus_id"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, overload
 
 import numpy as np
 from torch import Tensor
@@ -11,13 +11,25 @@ from torch import Tensor
 from .batch import PackedBatch
 from .checkpoint.open import Checkpoint
 from .models.registry import network_class
-from .pipeline.base import Pipeline, keyworded
-from .pipeline.inputs import keeping, length, listed
+from .pipeline.base import Pipeline
+from .pipeline.inputs import listed
+from .pipeline.keywords import keyworded
 from .pipeline.tokenizer import Span
 from .reading import OptionError, shown
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
-Entity = dict[str, Any]
+
+
+class Entity(TypedDict, total=False):
+    """What was found: a token (entity, index), or neighbours of one label (entity_group)."""
+
+    entity: str
+    entity_group: str
+    score: float
+    index: int
+    word: str
+    start: int
+    end: int
 
 
 class _Piece(NamedTuple):
@@ -43,6 +55,24 @@ class TokenClassifier(Pipeline):
         self.network = self.graphed(self.model)
         self.labels = self.config.labels
 
+    @overload
+    def predict(  # type: ignore[overload-overlap]
+        self,
+        texts: str,
+        *,
+        aggregation_strategy: str = ...,
+        ignore_labels: Iterable[str] = ...,
+        show_progress_bar: bool | None = ...,
+    ) -> list[Entity]: ...
+    @overload
+    def predict(
+        self,
+        texts: Iterable[str],
+        *,
+        aggregation_strategy: str = ...,
+        ignore_labels: Iterable[str] = ...,
+        show_progress_bar: bool | None = ...,
+    ) -> list[list[Entity]]: ...
     @keyworded
     def predict(
         self,
@@ -51,7 +81,7 @@ class TokenClassifier(Pipeline):
         aggregation_strategy: str = "simple",
         ignore_labels: Iterable[str] = ("O",),
         show_progress_bar: bool | None = None,
-    ) -> list[Any]:
+    ) -> list[Entity] | list[list[Entity]]:
         """For every text a list of what was found, in the text's order; of one string, that list alone.
 
         aggregation_strategy "none": a {"entity", "score", "index", "word", "start", "end"} for each token: its label,
@@ -85,13 +115,15 @@ class TokenClassifier(Pipeline):
             rows = self.network(batch).float().cpu().split(batch.seqlens)
             return [row.softmax(-1) if row.isfinite().all() else None for row in rows]
 
-        results: list[list[Entity]] = []
-        with keeping(lambda: results, items):
-            for block in self.run(read(), forward, show_progress_bar, length(items)):
-                window, waiting[:] = waiting[: len(block)], waiting[len(block) :]
-                for text, tokens, scores in zip(window, self.tokenizer.offsets(window), block, strict=True):
-                    found = self._entities(text, tokens, scores.numpy(), aggregation_strategy)
-                    results.append([e for e in found if e.get("entity", e.get("entity_group")) not in ignored])
+        def entities(block: list[Tensor], _: int) -> list[list[Entity]]:
+            window, waiting[:] = waiting[: len(block)], waiting[len(block) :]
+            results = []
+            for text, tokens, scores in zip(window, self.tokenizer.offsets(window), block, strict=True):
+                found = self._entities(text, tokens, scores.numpy(), aggregation_strategy)
+                results.append([e for e in found if e.get("entity", e.get("entity_group")) not in ignored])
+            return results
+
+        results: list[list[Entity]] = self.rows(items, forward, show_progress_bar, block=entities, feeding=read())
         return results[0] if single else results
 
     __call__ = predict

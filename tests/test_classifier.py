@@ -442,7 +442,7 @@ def test_a_logit_that_is_not_finite_names_the_text(make, function):
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_what_was_finished_before_an_error_has_the_form_of_the_result(make, monkeypatch, multi_label):
-    monkeypatch.setattr("modernbert_lite.pipeline.base._WINDOW_TEXTS", 2)
+    monkeypatch.setattr("modernbert_lite.pipeline.feed._WINDOW_TEXTS", 2)
     model, labels = ours(make(id2label=NLI)), ["music", "money", "sport"]
     texts = ["a b", "c d", "e f", "g h", "i j"]
     zero_shot = functools.partial(model.zero_shot, labels=labels, multi_label=multi_label)

@@ -331,7 +331,7 @@ def test_embed_precision(run, tmp_path, precision, dtype, width):
 def test_a_failure_before_the_range_is_known_keeps_the_rows_in_float32(
     run, tmp_path, monkeypatch, expected, precision, format
 ):
-    monkeypatch.setattr("modernbert_lite.pipeline.base._WINDOW_TEXTS", 2)
+    monkeypatch.setattr("modernbert_lite.pipeline.feed._WINDOW_TEXTS", 2)
     out = tmp_path / f"v.{format}"
     argv = ("embed", *TEXTS[:2], "word " * 600, "--model", "tiny", "--precision", precision, "--on-long", "error")
     result = run(*argv, "-o", out)
@@ -490,7 +490,7 @@ def readable_rows(path: Path, format: str) -> np.ndarray:
 @pytest.fixture
 def small_windows(monkeypatch):
     """4 texts are read, embedded and written at a time."""
-    monkeypatch.setattr("modernbert_lite.pipeline.base._WINDOW_TEXTS", 4)
+    monkeypatch.setattr("modernbert_lite.pipeline.feed._WINDOW_TEXTS", 4)
 
 
 @pytest.mark.parametrize("format", ["jsonl", "npy", "npz"])
@@ -614,8 +614,8 @@ def test_ctrl_c_keeps_finished_rows(tmp_path, format):
     out, partial = tmp_path / f"v.{format}", tmp_path / f"v.{format}.partial"
     # Its own handler of SIGINT, which is ignored where the tests run in a shell's background.
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from modernbert_lite import cli; from modernbert_lite.pipeline import base\n"
-    code += "base._WINDOW_TEXTS = 64; sys.exit(cli.main())"
+    code += "from modernbert_lite import cli; from modernbert_lite.pipeline import feed\n"
+    code += "feed._WINDOW_TEXTS = 64; sys.exit(cli.main())"
     with process("embed", "--model", "tiny", "-o", out, code=code) as started:
         # One whole window, and a beginning of the next, whose end never comes.
         started.stdin.write(b"".join(b"text %d\n" % i for i in range(64 + 10)))

@@ -273,7 +273,7 @@ def test_one_use_iterables_are_read_once(tiny):
 
 @pytest.mark.parametrize("bad", [None, "half \ud83d"])
 def test_an_iterable_s_bad_item_costs_nothing_that_was_finished(models, monkeypatch, bad):
-    from modernbert_lite.pipeline import base as pipeline
+    from modernbert_lite.pipeline import feed as pipeline
 
     monkeypatch.setattr(pipeline, "_WINDOW_TEXTS", 3)
     texts = [*MASKED, *MASKED]
@@ -295,7 +295,7 @@ def test_an_iterable_s_bad_item_costs_nothing_that_was_finished(models, monkeypa
 
 
 def test_scores_that_were_finished_are_kept_as_they_would_be_given(models, monkeypatch):
-    from modernbert_lite.pipeline import base as pipeline
+    from modernbert_lite.pipeline import feed as pipeline
 
     monkeypatch.setattr(pipeline, "_WINDOW_TEXTS", 2)
     pairs = [("q", text) for text in TEXTS]
@@ -307,7 +307,7 @@ def test_scores_that_were_finished_are_kept_as_they_would_be_given(models, monke
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyboardInterrupt("stop"), KeyError("row")])
 def test_an_iterable_s_own_error_comes_as_it_is_with_what_was_finished(tiny, monkeypatch, error):
-    from modernbert_lite.pipeline import base as pipeline
+    from modernbert_lite.pipeline import feed as pipeline
 
     monkeypatch.setattr(pipeline, "_WINDOW_TEXTS", 2)
 

@@ -67,7 +67,7 @@ def test_every_class_names_the_text(small_folders, value):
 
 
 def test_what_was_finished_is_kept(monkeypatch):
-    from modernbert_lite.pipeline import base as pipeline
+    from modernbert_lite.pipeline import feed as pipeline
 
     monkeypatch.setattr(pipeline, "_WINDOW_TEXTS", 2)
     model = Embedder.from_pretrained("tiny", device="cpu")

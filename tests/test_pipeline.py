@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from modernbert_lite import Embedder
 from modernbert_lite.batch import CPU_BATCH_TOKENS
-from modernbert_lite.pipeline import base as pipeline
+from modernbert_lite.pipeline import feed as pipeline
 
 WORDS = ["river", "stone", "quick", "green", "house", "never", "apple", "walk", "under", "seven", "music"]
 TEXTS = [" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(i * 5 % 13)) for i in range(60)]

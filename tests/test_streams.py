@@ -15,7 +15,7 @@ import pytest
 
 from modernbert_lite import Embedder
 from modernbert_lite.cli import commands as cli
-from modernbert_lite.pipeline import base as pipeline
+from modernbert_lite.pipeline import feed as pipeline
 
 TEXTS = ["a river", "two stones", "", "word " * 30]
 

@@ -141,7 +141,7 @@ def test_one_string_gives_its_entities_alone_and_the_batch_does_not_count(make):
 def test_windows_keep_texts_and_entities_together(make, monkeypatch):
     model = TokenClassifier.from_pretrained(make())
     rows = model.predict(TEXTS * 2)
-    monkeypatch.setattr("modernbert_lite.pipeline.base._WINDOW_TEXTS", 3)
+    monkeypatch.setattr("modernbert_lite.pipeline.feed._WINDOW_TEXTS", 3)
     assert_same(model.predict(iter(TEXTS * 2)), rows)
 
 

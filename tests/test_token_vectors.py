@@ -68,7 +68,7 @@ def test_the_last_hidden_states_come_for_a_list_a_string_and_an_iterator(make, m
     for text, row in zip(TEXTS, rows, strict=True):
         assert np.abs(row - network(ml.pack(model.tokenizer.encode([text])[0])).numpy()).max() <= 2e-5
     assert np.abs(model.encode(TEXTS[0], output_value="token_embeddings") - rows[0]).max() <= 1e-5
-    monkeypatch.setattr("modernbert_lite.pipeline.base._WINDOW_TEXTS", 2)
+    monkeypatch.setattr("modernbert_lite.pipeline.feed._WINDOW_TEXTS", 2)
     again = model.encode(iter(TEXTS), output_value="token_embeddings")
     assert max(np.abs(a - b).max() for a, b in zip(again, rows, strict=True)) <= 1e-5
     one = model.encode(TEXTS[0], output_value=None)
@@ -153,7 +153,7 @@ def test_offsets_are_the_tokenizers_own(make):
 
 def test_offsets_are_made_a_window_at_a_time(make, monkeypatch):
     """So that memory is bounded: the tokenizer's own results are much larger than the arrays."""
-    from modernbert_lite.pipeline import base as pipeline
+    from modernbert_lite.pipeline import feed as pipeline
 
     model = Embedder.from_pretrained(make())
     wanted, sizes, offsets = model.token_offsets(TEXTS), [], model.tokenizer.offsets

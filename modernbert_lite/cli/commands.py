@@ -327,7 +327,6 @@ def _cut_by_range(
 def _rerank(args: argparse.Namespace) -> None:
     console.check_stdout()
     documents = [record[args.field] for record in _read(args)]
-    results: list[dict[str, Any]]
     if args.model is None:
         from ..embedder import Embedder
         from ..reranker import ranked

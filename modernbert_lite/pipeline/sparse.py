@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from heapq import nlargest
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,33 @@ from torch import Tensor, nn
 from ..batch import PackedBatch
 from ..checkpoint.folder import Folder
 from ..checkpoint.sentence import SentenceConfig, length_limit
-from ..checkpoint.sparse import Splade
+from ..checkpoint.sparse import TASKS, SparseConfig, Splade, Static
 from ..checkpoint.weights import load_dense
-from ..reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, inside, is_number, read_json, shown, whole_number
+from ..reading import (
+    MAX_TOKENIZER_JSON_BYTES,
+    CheckpointError,
+    OptionError,
+    inside,
+    is_number,
+    read_json,
+    shown,
+    whole_number,
+)
+from .base import Pipeline
+from .inputs import check_text, listed
+from .keywords import keyworded
+from .prompts import Prompted
 from .tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 KEYS = ("tokens", "ids")
+_CPU = torch.device("cpu")
 # Logits that are held at a time, 64 MiB in fp32: a batch has thousands of rows of them, each a vocabulary wide.
 _MOST_LOGITS = 1 << 24
 
+Weights = dict[str, float] | dict[int, float] | list[dict[str, float]] | list[dict[int, float]]
 Row = tuple[Tensor, Tensor]  # of one text, on the host: ids of tokens (n,) int64, none twice, and weights (n,) fp32
 
 
@@ -109,6 +128,164 @@ class StaticWeights(nn.Module):
             weights = self.weight[found]
             rows.append((found[weights != 0], weights[weights != 0]) if weights.isfinite().all() else None)
         return rows
+
+
+class SparseOptions(TypedDict, total=False):
+    """Options of `encode_sparse`."""
+
+    task: str | None
+    prompt_name: str | None
+    prompt: str | None
+    max_active_dims: int | None
+    show_progress_bar: bool | None
+
+
+class SparseEncoding(Prompted, Pipeline):
+    """`encode_sparse` of an Embedder."""
+
+    network: Callable[..., Tensor]
+    splade: SparseConfig | None
+    sparse: bool
+    static: dict[str, StaticWeights]  # of a sparse encoder's queries that need no network
+
+    @property
+    def max_active_dims(self) -> int | None:
+        """How many weights `encode_sparse` keeps of a text where a call doesn't say, the largest; None: all. Setting it
+        raises OptionError for anything else than None and whole numbers from 1."""
+        return self._max_active_dims
+
+    @max_active_dims.setter
+    def max_active_dims(self, value: int | None) -> None:
+        self._max_active_dims = most_active(value, None)
+
+    @overload
+    def encode_sparse(  # type: ignore[overload-overlap]
+        self, sentences: str, *, keys: Literal["tokens"] = ..., **options: Unpack[SparseOptions]
+    ) -> dict[str, float]: ...
+    @overload
+    def encode_sparse(  # type: ignore[overload-overlap]
+        self, sentences: str, *, keys: Literal["ids"], **options: Unpack[SparseOptions]
+    ) -> dict[int, float]: ...
+    @overload
+    def encode_sparse(
+        self, sentences: Iterable[str], *, keys: Literal["tokens"] = ..., **options: Unpack[SparseOptions]
+    ) -> list[dict[str, float]]: ...
+    @overload
+    def encode_sparse(
+        self, sentences: Iterable[str], *, keys: Literal["ids"], **options: Unpack[SparseOptions]
+    ) -> list[dict[int, float]]: ...
+    @keyworded
+    def encode_sparse(
+        self,
+        sentences: str | Iterable[str],
+        *,
+        task: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        max_active_dims: int | None = None,
+        keys: str = "tokens",
+        show_progress_bar: bool | None = None,
+    ) -> Weights:
+        """For every text {token: weight}, a list in their order; of one string, one dict. Two texts match by the sum,
+        over the tokens that they share, of the products of both weights.
+
+        Of a sparse encoder (SPLADE), as sentence-transformers' SparseEncoder has it: any token of the vocabulary may
+        have a weight, special ones, too. Of gte-multilingual-base, as its card has it: a token's weight is the larger
+        one of 0 and the token classifier's logit, the largest where a token comes several times; special tokens are
+        left out. Tokens without a weight are not in the dict.
+
+        task: "query" or "document", where a sparse encoder's files tell them apart; queries may then need no network.
+        (Those are cut to the length of their own tokenizer, whatever max_seq_length is.) prompt, prompt_name: as in
+        `encode`. max_active_dims: the most weights a text keeps, the largest; None: as the repository says.
+        keys: "tokens", as decoded, without SentencePiece's mark of a word's start (a lone one is "", and so is what
+        the tokenizer doesn't know); of several that are decoded alike, the largest counts. "ids": numbers of tokens,
+        none of which is lost.
+        Raises CheckpointError for a model that doesn't have such weights, OptionError for a task that it doesn't have.
+        """
+        if not self.sparse:
+            raise CheckpointError(
+                f"this {self.config.architecture} has no sparse token weights: they need a sparse encoder's files "
+                "(MLMTransformer and SpladePooling in modules.json), or a token classifier of one label beside the "
+                "encoder, as in Alibaba-NLP/gte-multilingual-base"
+            )
+        if keys not in KEYS:
+            raise OptionError(f"keys is {shown(keys)}; it must be one of {', '.join(KEYS)}")
+        most = most_active(max_active_dims, self.max_active_dims)
+        forward, feeding = self._road(task)
+        prompt = self._resolve_prompt(prompt_name, prompt)
+        given, single = listed(sentences, "sentences", lambda text, i: prompt + check_text(text, i))
+        decode = None if keys == "ids" else self.tokenizer.decode
+
+        def made(rows: list[Row]) -> list[dict[Any, float]]:
+            return [to_dict(row, most, decode) for row in rows]
+
+        results: list[dict[Any, float]] = self.rows(given, forward, show_progress_bar, made, **feeding)
+        return results[0] if single else results
+
+    @overload
+    def encode_sparse_query(  # type: ignore[overload-overlap]
+        self, sentences: str, *, keys: Literal["tokens"] = ..., **options: Unpack[SparseOptions]
+    ) -> dict[str, float]: ...
+    @overload
+    def encode_sparse_query(  # type: ignore[overload-overlap]
+        self, sentences: str, *, keys: Literal["ids"], **options: Unpack[SparseOptions]
+    ) -> dict[int, float]: ...
+    @overload
+    def encode_sparse_query(
+        self, sentences: Iterable[str], *, keys: Literal["tokens"] = ..., **options: Unpack[SparseOptions]
+    ) -> list[dict[str, float]]: ...
+    @overload
+    def encode_sparse_query(
+        self, sentences: Iterable[str], *, keys: Literal["ids"], **options: Unpack[SparseOptions]
+    ) -> list[dict[int, float]]: ...
+    def encode_sparse_query(
+        self, sentences: str | Iterable[str], *, keys: str = "tokens", **options: Unpack[SparseOptions]
+    ) -> Weights:
+        """`encode_sparse` with the task "query" and the prompt of that name; with none if the repository has none."""
+        return self._encode_sparse_as("query", sentences, keys, options)
+
+    @overload
+    def encode_sparse_document(  # type: ignore[overload-overlap]
+        self, sentences: str, *, keys: Literal["tokens"] = ..., **options: Unpack[SparseOptions]
+    ) -> dict[str, float]: ...
+    @overload
+    def encode_sparse_document(  # type: ignore[overload-overlap]
+        self, sentences: str, *, keys: Literal["ids"], **options: Unpack[SparseOptions]
+    ) -> dict[int, float]: ...
+    @overload
+    def encode_sparse_document(
+        self, sentences: Iterable[str], *, keys: Literal["tokens"] = ..., **options: Unpack[SparseOptions]
+    ) -> list[dict[str, float]]: ...
+    @overload
+    def encode_sparse_document(
+        self, sentences: Iterable[str], *, keys: Literal["ids"], **options: Unpack[SparseOptions]
+    ) -> list[dict[int, float]]: ...
+    def encode_sparse_document(
+        self, sentences: str | Iterable[str], *, keys: str = "tokens", **options: Unpack[SparseOptions]
+    ) -> Weights:
+        """`encode_sparse` with the task "document" and the prompt of that name; with none if the repository has none.
+        (Not with one named "passage" or "corpus": SparseEncoder doesn't take them either.)"""
+        return self._encode_sparse_as("document", sentences, keys, options)
+
+    def _encode_sparse_as(self, task: str, sentences: Any, keys: Any, kwargs: Any) -> Any:
+        if kwargs.get("prompt") is None and kwargs.get("prompt_name") is None:
+            kwargs["prompt"] = self.prompts.get(task, "")
+        return self.encode_sparse(sentences, task=task, keys=keys, **kwargs)
+
+    def _road(self, task: str | None) -> tuple[Callable[[PackedBatch], list[Row | None]], dict[str, Any]]:
+        """What makes rows of the batches of such texts, and how those are fed otherwise than others."""
+        if task not in (*TASKS, None):
+            raise OptionError(f"task is {shown(task)}; it must be one of {', '.join(TASKS)}, or None")
+        if self.splade is None:
+            return partial(token_weights, self.model, self.tokenizer.unweighted), {}
+        road = self.splade.road(task)
+        if road is None:
+            has = [name for name in TASKS if self.splade.road(name)]
+            raise OptionError(f"task is {task!r}, for which this model has no route; it has {has}")
+        if not isinstance(road, Static):
+            return partial(splade_weights, self.model, self.network, road), {}
+        static = self.static[road.folder]
+        return static, {"encode": static.tokenizer.encode_typed, "max_length": static.max_length, "device": _CPU}
 
 
 def most_active(given: Any, stored: int | None) -> int | None:

@@ -238,6 +238,17 @@ def printable(text: str, limit: int) -> str:
     return shorter if len(shorter) <= limit else printable(shorter, limit)
 
 
+def check_unicode(text: str, name: str) -> None:
+    """Raises ValueError for a text with half of a surrogate pair, which has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is not valid Unicode: {text[error.start]!r} at character {error.start} is half of a "
+            "surrogate pair; repair it, for example with text.encode('utf-8', 'replace').decode()"
+        ) from None
+
+
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value of a JSON file is a number (a bool is none)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -317,9 +317,9 @@ def test_the_core_stays_lite():
     """An alarm that asks for a thought, not a limit to game. A sum only says "too much", so each room has its own. The
     thought so far: what reads a stranger's files is half of the whole, because every key of transformers' and
     sentence-transformers' files is honoured or refused by name."""
-    alarms = {"ops": 1_960, "models": 1_300, "checkpoint": 1_700, "pipeline": 2_150, "cli": 1_350, "": 2_050}
+    alarms = {"ops": 1_960, "models": 1_300, "checkpoint": 1_700, "pipeline": 2_140, "cli": 1_350, "": 2_060}
     lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in CORE}
     for room, alarm in alarms.items():
         total = sum(count for name, count in lines.items() if (name.partition(".")[0] if "." in name else "") == room)
         assert total <= alarm, f"{room or 'the top'}: {total} lines"
-    assert max(lines.values()) < 560, lines
+    assert max(lines.values()) <= 400, lines

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..reading import OptionError, printable, shown
+from ..reading import OptionError, shown
 from . import console
 from . import inputs as record_files
 
@@ -344,7 +344,7 @@ def _rerank(args: argparse.Namespace) -> None:
         for result in results:
             print(_json(result))
         return
-    _table(
+    console.table(
         ["rank", "score", "document", "text"],
         [[str(i), f"{r['score']:.4f}", str(r["corpus_id"]), _one_line(r["text"])] for i, r in enumerate(results, 1)],
     )
@@ -360,7 +360,7 @@ def _fill_mask(args: argparse.Namespace) -> None:
         for text, masks in zip(texts, predictions, strict=True):
             print(_json({"text": text, "masks": masks}))
         return
-    _table(
+    console.table(
         ["text", "mask", "token", "probability"],
         [
             [str(t), str(m), repr(p["token"]), f"{p['score']:.4f}"]
@@ -379,24 +379,17 @@ def _info(args: argparse.Namespace) -> None:
     if args.json:
         print(_json(facts, indent=2))
     else:
-        _table(["what", "value"], [[key, str(value)] for key, value in facts.items()])
+        console.table(["what", "value"], [[key, str(value)] for key, value in facts.items()])
 
 
 def _doctor(args: argparse.Namespace) -> None:
     console.check_stdout()
     from .about import machine, self_check
 
-    _table(["what", "value"], [[key, str(value)] for key, value in machine().items()])
+    console.table(["what", "value"], [[key, str(value)] for key, value in machine().items()])
     print(self_check())
 
 
 def _one_line(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 100 else line[:99] + "…"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> None:
-    rows = [[printable(cell, console.LONGEST) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -177,3 +177,11 @@ def check_stdout() -> None:
                 os.write(number, b"")
         except OSError as error:
             raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def table(header: list[str], rows: list[list[str]]) -> None:
+    """Prints rows under their header, every column as wide as its widest cell."""
+    rows = [[printable(cell, LONGEST) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..reading import CheckpointError, OptionError, printable
-from .tokenizer import Text, check_unicode
+from ..reading import CheckpointError, OptionError, check_unicode, printable
+from .tokenizer import Text
 
 Pair = tuple[str, str]
 _IN_MEMORY = (Sequence, KeysView, ValuesView, ItemsView)

@@ -15,7 +15,7 @@ from tokenizers.normalizers import BertNormalizer, Lowercase, Sequence
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from ..checkpoint.folder import Folder
-from ..reading import CheckpointError, OptionError, as_whole, shown
+from ..reading import CheckpointError, OptionError, as_whole, check_unicode, shown
 from .tokenizer_files import no_panic, read_tokenizer
 
 Text = str | tuple[str, str]
@@ -394,14 +394,3 @@ class Tokenizer:
 
 def _sides(text: Text) -> tuple[str, ...]:
     return (text,) if isinstance(text, str) else text
-
-
-def check_unicode(text: str, name: str) -> None:
-    """Raises ValueError for a text with half of a surrogate pair, which has no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} is not valid Unicode: {text[error.start]!r} at character {error.start} is half of a "
-            "surrogate pair; repair it, for example with text.encode('utf-8', 'replace').decode()"
-        ) from None

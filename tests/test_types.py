@@ -1,11 +1,14 @@
 """What a type checker and an editor know of the public classes."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import modernbert_lite as ml
 
 pytest.importorskip("mypy")
 PROGRAM = """
@@ -47,7 +50,8 @@ EXPECTED = [
 def checked(tmp_path: Path, program: str) -> list[str]:
     (tmp_path / "user.py").write_text(program)
     command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--follow-imports=silent", "user.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    path = {**os.environ, "MYPYPATH": str(Path(ml.__file__).parents[1])}  # where it lies, however it is installed
+    done = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True, timeout=300)
     return done.stdout.splitlines()
 
 

@@ -21,10 +21,10 @@ from ..reading import warn
 from .tracing import not_compiled
 
 Activation = Callable[[Tensor], Tensor]
-_ROWS = 256  # of activations that are multiplied at a time: what lies between stays in the caches
+_BLOCKS = (1024, 512, 256)  # rows of activations that are multiplied at a time; what is left over comes last
 # The numbers of rows that are multiplied (see _blocks): 4 in each doubling, from 64 on 8. Fewer than 4 rows take
 # as long as 4.
-_SIZES = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, *range(64, 128, 8), *range(128, _ROWS + 1, 16))
+_SIZES = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, *range(64, 128, 8), *range(128, 257, 16), 512, 1024)
 _TINY = 1e-30  # the scale of a row of zeros
 
 
@@ -67,7 +67,7 @@ def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, residual: Te
     """x (T, K) @ the parts, one above the other (M, K)^T + bias + residual (T, M) -> (T, M). With a residual the result
     is fp32, whatever x is in: small sums added to a large one would be lost in 16 bits."""
     products = _products(x, parts, bias)
-    if len(x) <= _ROWS:  # nothing to put together
+    if len(x) <= 256 or len(x) in _BLOCKS:  # nothing to put together
         ((_, y),) = products
         return y if residual is None else residual.float() + y
     width = sum(len(part) for part in parts)
@@ -135,18 +135,26 @@ def _products(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Iterat
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """x (T, K) in blocks of _ROWS rows: the slice, and its rows. Zeros fill the last block up to one of _SIZES.
+    """x (T, K) in blocks: the slice, and its rows. Zeros fill the last block up to one of _SIZES.
 
     For every number of rows that oneDNN meets with a weight's shape it builds kernels, 0.5 to 1 ms and half a megabyte
     that it keeps. Ragged texts bring a new number of tokens with nearly every batch."""
-    for start in range(0, len(x), _ROWS):
-        rows = slice(start, min(start + _ROWS, len(x)))
+    for rows in _slices(len(x)):
         yield rows, _with_spare_rows(x[rows])
 
 
+def _slices(count: int) -> Iterator[slice]:
+    """700 -> slice(0, 512), slice(512, 700)"""
+    start = 0
+    while start < count:
+        size = next((block for block in _BLOCKS if block <= count - start), count - start)
+        yield slice(start, start + size)
+        start += size
+
+
 def _with_spare_rows(x: Tensor) -> Tensor:
-    """(n, K), n up to _ROWS -> (the next of _SIZES, K), contiguous. (A strided x goes through loops without vectors, a
-    thousand times slower.)"""
+    """(n, K), n up to 256, or one of _BLOCKS -> (the next of _SIZES, K), contiguous. (A strided x goes through loops
+    without vectors, a thousand times slower.)"""
     spare = _SIZES[bisect_left(_SIZES, len(x))] - len(x)
     return F.pad(x, (0, 0, 0, spare)) if spare else x.contiguous()
 
@@ -162,8 +170,7 @@ def _quantized_rows(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     A scale a row, not a batch: a text's numbers don't depend on the texts beside it. Unsigned, because oneDNN's
     products of signed activations were seen to hang.
     """
-    for start in range(0, len(x), _ROWS):
-        rows = slice(start, min(start + _ROWS, len(x)))
+    for rows in _slices(len(x)):
         part = x[rows]
         scale = part.abs().amax(1, keepdim=True).div_(127).clamp_(min=_TINY)
         numbers = (part * scale.reciprocal()).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .batch import PackedBatch
 from .checkpoint.open import Checkpoint
-from .models.registry import network_class
 from .pipeline.base import Pipeline
 from .pipeline.feed import on_host
 from .pipeline.inputs import check_text, check_text_or_pair, listed
@@ -47,13 +46,11 @@ class Classifier(Pipeline):
     "none" for the config's problem_type "regression"; else "sigmoid" for "multi_label_classification" and for a single
     label; else "softmax"."""
 
+    opens, head = "sequence classifier", "ForSequenceClassification"
+
     def __init__(self, checkpoint: Checkpoint, **options: Any):
-        self.check(checkpoint)
-        architecture = checkpoint.architecture("ForSequenceClassification")
-        if not architecture.endswith("ForSequenceClassification"):
-            raise checkpoint.refuse("sequence classifier")
-        super().__init__(checkpoint, network_class(architecture), **options)
-        self.network: Callable[[PackedBatch], Tensor] = self.graphed(self.model)
+        super().__init__(checkpoint, self.head_of(checkpoint), **options)
+        self.forward = self.graphed(self.network)
         self.labels = self.config.labels
         problem = self.config.problem_type
         several = problem == "multi_label_classification" or len(self.labels) == 1
@@ -135,7 +132,7 @@ class Classifier(Pipeline):
         if name not in _FUNCTIONS:
             raise OptionError(f"function_to_apply is {shown(function_to_apply)}; it must be {', '.join(_FUNCTIONS)}")
         given, single = listed(texts, "texts", check_text_or_pair, "a str or an iterable of str or pairs", dimensions=2)
-        results = self.rows(given, self._forward(name), show_progress_bar, made)
+        results = self.rows(given, self._compute(name), show_progress_bar, made)
         return results[0] if single else results
 
     @overload
@@ -208,16 +205,16 @@ class Classifier(Pipeline):
                 for text, row, order in zip(kept[:count], scores, orders, strict=True)
             ]
 
-        forward = self._forward("none")
-        found: list[ZeroShot] = self.rows(items, forward, show_progress_bar, results, feeding=pairs(), each=len(names))
+        compute = self._compute("none")
+        found: list[ZeroShot] = self.rows(items, compute, show_progress_bar, results, feeding=pairs(), each=len(names))
         return found[0] if single else found
 
-    def _forward(self, function: str) -> Callable[[PackedBatch], Iterator[Tensor | None]]:
-        def forward(batch: PackedBatch) -> Iterator[Tensor | None]:
-            logits = self.network(batch).float()
+    def _compute(self, function: str) -> Callable[[PackedBatch], Iterator[Tensor | None]]:
+        def compute(batch: PackedBatch) -> Iterator[Tensor | None]:
+            logits = self.forward(batch).float()
             return on_host(_FUNCTIONS[function](logits), logits)
 
-        return forward
+        return compute
 
     def _stacked(self, rows: list[Tensor]) -> np.ndarray:
         return torch.stack(rows).numpy() if rows else np.empty((0, len(self.labels)), np.float32)

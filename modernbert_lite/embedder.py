@@ -55,7 +55,7 @@ class Embedder(TokenVectors):
     `sparse`: whether it has `encode_sparse`. A sparse encoder (SPLADE) has nothing else: `splade` is what its files
     say, `max_active_dims` how many weights a text keeps (None: all), and `dimension` its vocabulary's size."""
 
-    default_model = BUNDLED
+    opens, default_model = "embedding model", BUNDLED
     usual_prompts = USUAL_PROMPTS
 
     @classmethod
@@ -87,7 +87,7 @@ class Embedder(TokenVectors):
         self.check(checkpoint)
         sentence = checkpoint.sentence
         if checkpoint.use not in ("Embedder", "FillMask"):
-            raise checkpoint.refuse("embedding model")
+            raise checkpoint.refuse(self.opens)
         self.splade = sentence.sparse
         if sentence.pooling is None and self.splade is None:
             warn(
@@ -103,8 +103,7 @@ class Embedder(TokenVectors):
         self.similarity_fn_name = sentence.similarity_fn_name
         self.pooling = sentence.pooling or Pooling()
         self.normalizes = sentence.normalize
-        encoder = self.model.model if self.sparse else self.model
-        self.network = self.graphed(self.model, partial(_forward, encoder, self.pooling.modes))
+        self.forward = self.graphed(self.network, partial(_forward, self.encoder, self.pooling.modes))
         self.on_tokens = on_vectors(checkpoint.files, sentence.on_tokens, self.config.hidden_size, self.device)
         width = self.on_tokens[-1].out_features if self.on_tokens else self.config.hidden_size
         width *= len(self.pooling.modes)
@@ -287,22 +286,22 @@ class Embedder(TokenVectors):
         unit = normalize_embeddings or self.normalizes
         dim = self._check_dim(truncate_dim) or self.truncate_dim
 
-        forward = self._pooled(skip, unit, dim)
-        for rows in self.run((prompt + text for text in given), forward, show_progress_bar, length(given)):
+        compute = self._pooled(skip, unit, dim)
+        for rows in self.run((prompt + text for text in given), compute, show_progress_bar, length(given)):
             yield torch.stack(rows).numpy()
 
     def _pooled(self, skip: int, unit: bool, dim: int | None) -> Callable[[PackedBatch], Tensor]:
         """What makes vectors of a batch. skip: how many tokens of each sequence are not pooled."""
         alone = skip == 0 and self.pooling.modes in (("cls",), ("lasttoken",))  # then the network computes no other
 
-        def forward(batch: PackedBatch) -> Tensor:
-            x = self.network(batch, alone)
+        def compute(batch: PackedBatch) -> Tensor:
+            x = self.forward(batch, alone)
             if self.on_tokens:
                 x = finish(x.float(), self.on_tokens, False, None)
             pooled = x.float() if alone else pooling.pool(x, batch, self.pooling.modes, skip)
             return finish(pooled, self.dense, unit, dim)
 
-        return forward
+        return compute
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> np.ndarray:
         """(N, D) and (M, D) -> (N, M) by `similarity_fn_name`; distances (euclidean, manhattan) are negated. One vector

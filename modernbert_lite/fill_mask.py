@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .batch import PackedBatch
 from .checkpoint.open import Checkpoint
-from .models.registry import network_class
 from .pipeline.base import Pipeline
 from .pipeline.inputs import check_text, listed
 from .pipeline.keywords import keyworded
@@ -31,16 +30,11 @@ class Prediction(TypedDict):
 class FillMask(Pipeline):
     """A masked language model. `mask_token` is what stands for the missing token in a text."""
 
+    opens, head = "masked language model", "ForMaskedLM"
+
     def __init__(self, checkpoint: Checkpoint, **options: Any):
-        self.check(checkpoint)
-        architecture = checkpoint.architecture("ForMaskedLM")
-        if "ForMaskedLM" not in architecture:
-            raise CheckpointError(
-                f"{checkpoint.root} holds a {architecture}; FillMask needs a ...ForMaskedLM: use {checkpoint.use}"
-            )
-        super().__init__(checkpoint, network_class(architecture), **options)
-        encoder: Any = self.model.model
-        self.network = self.graphed(encoder)
+        super().__init__(checkpoint, self.head_of(checkpoint), **options)
+        self.forward = self.graphed(self.encoder)
         if self.tokenizer.mask_token is None:
             raise CheckpointError(f"the tokenizer in {checkpoint.folder} has no mask token")
         self.mask_token = self.tokenizer.mask_token
@@ -99,10 +93,10 @@ class FillMask(Pipeline):
             hidden = logits.amin(-1, keepdim=True).isinf()  # the softmax makes 0 of -inf, and NaN of inf and NaN
             return scores.masked_fill(hidden, math.nan), ids
 
-        def forward(batch: PackedBatch) -> list[list[list[Prediction]] | None]:
-            network: Any = self.model
+        def compute(batch: PackedBatch) -> list[list[list[Prediction]] | None]:
+            network: Any = self.network
             where = batch.input_ids.eq(self.tokenizer.mask_token_id or 0).nonzero().flatten()
-            hidden = self.network(batch)[where]  # the encoder once, the vocabulary's width in pieces
+            hidden = self.forward(batch)[where]  # the encoder once, the vocabulary's width in pieces
             masks = [
                 [
                     {"token": self.tokenizer.decode(i), "token_id": i, "score": p}
@@ -126,7 +120,7 @@ class FillMask(Pipeline):
                 )
             return block
 
-        filled: list[list[list[Prediction]]] = self.rows(items, forward, show_progress_bar, block=reached)
+        filled: list[list[list[Prediction]]] = self.rows(items, compute, show_progress_bar, block=reached)
         return filled[0] if single else filled
 
     __call__ = predict

@@ -107,18 +107,20 @@ class LateInteraction(Prompted, Pipeline):
         options["query_length"] = query_length
         return cls._open(path_or_id, threads, hub, **options, on_long=on_long, cuda_graphs=cuda_graphs)
 
+    opens = "late-interaction model"
+
     def __init__(self, checkpoint: Checkpoint, *, query_length: int | None = None, **options: Any):
         self.check(checkpoint)
         sentence, config, late = checkpoint.sentence, checkpoint.config, checkpoint.sentence.late
         if late is None:
-            raise checkpoint.refuse("late-interaction model")
+            raise checkpoint.refuse(self.opens)
         if options.get("max_seq_length") is None:
             options["max_seq_length"] = late.document_length
         super().__init__(checkpoint, encoder_class(config), **options)
         self.prompts = {"query": "", "document": "", **(sentence.prompts or {})}
         self.similarity_fn_name = sentence.similarity_fn_name
         self.normalizes = sentence.normalize
-        self.network = self.graphed(self.model)
+        self.forward = self.graphed(self.network)
         width = config.hidden_size
         self.dense = on_vectors(checkpoint.files, sentence.dense, width, self.device)
         self.dimension = self.dense[-1].out_features if self.dense else width
@@ -215,12 +217,12 @@ class LateInteraction(Prompted, Pipeline):
         given, single = listed(texts, "texts", lambda text, i: prompt + check_text(text, i))
         pads = task == "query" and self.padded_length > 0
 
-        def forward(batch: PackedBatch) -> Iterator[np.ndarray | None]:
+        def compute(batch: PackedBatch) -> Iterator[np.ndarray | None]:
             batch = self._pad(batch) if pads else batch
-            x = finish(self.network(batch).float(), self.dense, self.normalizes, None)
+            x = finish(self.forward(batch).float(), self.dense, self.normalizes, None)
             return _split(x, batch, self.skip_ids.get(task, []), in_order=not (pads and self.pads_left))
 
-        results = self.rows(given, forward, show_progress_bar, **limits)
+        results = self.rows(given, compute, show_progress_bar, **limits)
         return results[0] if single else results
 
     def _pad(self, batch: PackedBatch) -> PackedBatch:

@@ -13,7 +13,7 @@ from .batch import PackedBatch
 from .checkpoint.dense import finish, on_vectors, score_activation
 from .checkpoint.open import Checkpoint
 from .checkpoint.sentence import Pooling, SentenceConfig
-from .models.registry import encoder_class, network_class
+from .models.registry import encoder_class
 from .ops import pooling
 from .pipeline.base import Pipeline
 from .pipeline.feed import on_host
@@ -39,28 +39,28 @@ class Reranker(Prompted, Pipeline):
     """A sequence classifier that reads two texts at once. `labels` are the names of its outputs, mostly one. `prompts`
     and `default_prompt_name`, of texts that are put before the first one of a pair, are the repository's own."""
 
+    opens, head = "reranker", "ForSequenceClassification"
+
     def __init__(self, checkpoint: Checkpoint, **options: Any):
         self.check(checkpoint)
-        architecture, sentence = checkpoint.architecture("ForSequenceClassification"), checkpoint.sentence
-        if not sentence.scores and not architecture.endswith("ForSequenceClassification"):
-            raise checkpoint.refuse("reranker")
-        network = encoder_class(checkpoint.config) if sentence.scores else network_class(architecture)
+        sentence = checkpoint.sentence
+        network = encoder_class(checkpoint.config) if sentence.scores else self.head_of(checkpoint)
         super().__init__(checkpoint, network, **options)
         # What an encoder's files say of prompts and activation isn't about scores: CrossEncoder passes over it, too.
         told = sentence if sentence.model_type in (None, "CrossEncoder") else SentenceConfig()
         self.prompts = told.prompts or {}
         default = told.default_prompt_name
         self.default_prompt_name = default if default in self.prompts else None  # an encoder's "query" is empty
-        self.network: Callable[[PackedBatch], Tensor] = self.graphed(self.model)
+        self.forward = self.graphed(self.network)
         self.pooling: Pooling | None = None  # of an encoder whose head lies in sentence-transformers' modules
         self.labels = self.config.labels
         if sentence.scores:
             self.pooling = sentence.pooling or Pooling()
             self.on_tokens = on_vectors(checkpoint.files, sentence.on_tokens, self.config.hidden_size, self.device)
             width = self.on_tokens[-1].out_features if self.on_tokens else self.config.hidden_size
-            self.head = on_vectors(checkpoint.files, sentence.dense, width * len(self.pooling.modes), self.device)
+            self.dense = on_vectors(checkpoint.files, sentence.dense, width * len(self.pooling.modes), self.device)
             self.normalizes = sentence.normalize
-            self.labels = tuple(f"LABEL_{i}" for i in range(self.head[-1].out_features))
+            self.labels = tuple(f"LABEL_{i}" for i in range(self.dense[-1].out_features))
         named = told.activation_fn or self.config.activation_fn
         self.activation_fn = score_activation(named or ("torch.nn.Sigmoid" if len(self.labels) == 1 else None))
 
@@ -101,8 +101,8 @@ class Reranker(Prompted, Pipeline):
         named = self.activation_fn if activation_fn is None else activation_fn
         activate = score_activation(named, OptionError) if isinstance(named, str) else named
 
-        def forward(batch: PackedBatch) -> Iterator[Tensor | None]:
-            logits = self._scores(self.network(batch).float(), batch, skip)
+        def compute(batch: PackedBatch) -> Iterator[Tensor | None]:
+            logits = self._scores(self.forward(batch).float(), batch, skip)
             scores = activate(logits)
             if len(self.labels) == 1:
                 scores = scores.squeeze(-1)
@@ -114,7 +114,7 @@ class Reranker(Prompted, Pipeline):
             shape = () if len(self.labels) == 1 else (len(self.labels),)
             return torch.stack(rows).numpy() if rows else np.empty((0, *shape), np.float32)
 
-        scores: np.ndarray = self.rows(given, forward, show_progress_bar, made)
+        scores: np.ndarray = self.rows(given, compute, show_progress_bar, made)
         return scores[0] if single else scores
 
     @keyworded
@@ -154,7 +154,7 @@ class Reranker(Prompted, Pipeline):
         if self.pooling is None:
             return x
         x = finish(x, self.on_tokens, False, None)
-        return finish(pooling.pool(x, batch, self.pooling.modes, skip), self.head, self.normalizes, None)
+        return finish(pooling.pool(x, batch, self.pooling.modes, skip), self.dense, self.normalizes, None)
 
 
 def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_documents: bool) -> list[Ranked]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .batch import PackedBatch
 from .checkpoint.open import Checkpoint
-from .models.registry import network_class
 from .pipeline.base import Pipeline
 from .pipeline.inputs import listed
 from .pipeline.keywords import keyworded
@@ -46,13 +45,11 @@ class _Piece(NamedTuple):
 class TokenClassifier(Pipeline):
     """A classifier of every token of a text. `labels` are the names of its classes, by their ids."""
 
+    opens, head = "token classifier", "ForTokenClassification"
+
     def __init__(self, checkpoint: Checkpoint, **options: Any):
-        self.check(checkpoint)
-        architecture = checkpoint.architecture("ForTokenClassification")
-        if not architecture.endswith("ForTokenClassification"):
-            raise checkpoint.refuse("token classifier")
-        super().__init__(checkpoint, network_class(architecture), **options)
-        self.network = self.graphed(self.model)
+        super().__init__(checkpoint, self.head_of(checkpoint), **options)
+        self.forward = self.graphed(self.network)
         self.labels = self.config.labels
 
     @overload
@@ -111,8 +108,8 @@ class TokenClassifier(Pipeline):
                 waiting.append(text)
                 yield text
 
-        def forward(batch: PackedBatch) -> list[Tensor | None]:
-            rows = self.network(batch).float().cpu().split(batch.seqlens)
+        def compute(batch: PackedBatch) -> list[Tensor | None]:
+            rows = self.forward(batch).float().cpu().split(batch.seqlens)
             return [row.softmax(-1) if row.isfinite().all() else None for row in rows]
 
         def entities(block: list[Tensor], _: int) -> list[list[Entity]]:
@@ -123,7 +120,7 @@ class TokenClassifier(Pipeline):
                 results.append([e for e in found if e.get("entity", e.get("entity_group")) not in ignored])
             return results
 
-        results: list[list[Entity]] = self.rows(items, forward, show_progress_bar, block=entities, feeding=read())
+        results: list[list[Entity]] = self.rows(items, compute, show_progress_bar, block=entities, feeding=read())
         return results[0] if single else results
 
     __call__ = predict

@@ -433,7 +433,7 @@ def test_a_reranker_of_one_label_names_the_class_for_single_texts(make, texts):
 def test_a_logit_that_is_not_finite_names_the_text(make, function):
     """The sigmoid of an infinite logit would hide it."""
     model = Classifier.from_pretrained(make(id2label=NLI))
-    model.model.classifier.bias.data[1] = torch.inf
+    model.network.classifier.bias.data[1] = torch.inf
     with pytest.raises(ValueError, match=r"the result of text 0, str \('a text'\), is not finite in float32"):
         model.predict(["a text"], function_to_apply=function)
     with pytest.raises(ValueError, match=r"the result of text 0, str \('a text'\), is not finite"):

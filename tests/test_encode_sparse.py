@@ -339,6 +339,6 @@ def test_weights_that_are_not_finite_are_told_with_the_text(made, value):
         out[int(arguments[0].cu_seqlens[first]) + 1] = value
         return out
 
-    model.model.register_forward_hook(hook)
+    model.network.register_forward_hook(hook)
     with pytest.raises(ValueError, match=r"^the result of text 1, .*'one of many words'.* is not finite in float32"):
         model.encode_sparse(["a", "one of many words", "b"])

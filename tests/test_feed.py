@@ -69,7 +69,7 @@ def test_windows_of_ids(model, monkeypatch):
     ],
 )
 def test_other_ids_are_refused_by_name_before_any_work(model, monkeypatch, sequences, error, message):
-    monkeypatch.setattr(model, "network", None)
+    monkeypatch.setattr(model, "forward", None)
     with pytest.raises(error, match=message):
         model.encode_ids(sequences)
 

@@ -145,7 +145,7 @@ def test_the_mask_token_is_public(model):
 
 def test_another_checkpoint_is_refused(make_checkpoint):
     folder, _ = make_checkpoint(num_hidden_layers=1, hidden_size=32, num_attention_heads=1)
-    with pytest.raises(CheckpointError, match=r"a ModernBertModel; FillMask needs a \.\.\.ForMaskedLM: use Embedder"):
+    with pytest.raises(CheckpointError, match=r"a ModernBertModel, no masked language model: use Embedder for it"):
         FillMask.from_pretrained(folder)
 
 
@@ -171,7 +171,7 @@ def test_the_encoder_runs_once_however_many_masks_there_are(make_checkpoint, mon
     text = " ".join(["a [MASK]"] * 7)
     expected = model.predict(text, top_k=2)
     runs = []
-    model.model.model.register_forward_hook(lambda *_: runs.append(1))
+    model.encoder.register_forward_hook(lambda *_: runs.append(1))
     monkeypatch.setattr("modernbert_lite.fill_mask._ROWS", 2)
     got = model.predict(text, top_k=2)
     assert len(runs) == 1
@@ -248,7 +248,7 @@ def test_bad_targets_are_refused(model, targets, error, message):
 def test_one_logit_that_is_not_finite_names_the_text(folder, value, options):
     """-inf, too: the softmax makes 0 of it. The other texts of the batch are fine."""
     model = FillMask.from_pretrained(folder, device="cpu")
-    logits, rows = model.model.logits, len(model.predict("a [MASK] [MASK]"))
+    logits, rows = model.network.logits, len(model.predict("a [MASK] [MASK]"))
 
     def spoilt(x):
         out = logits(x)
@@ -256,7 +256,7 @@ def test_one_logit_that_is_not_finite_names_the_text(folder, value, options):
             out[1, 77] = value  # batches are sorted: the second row is the second text's here
         return out
 
-    model.model.logits = spoilt
+    model.network.logits = spoilt
     with pytest.raises(ValueError, match=r"^the result of text 1, .*b \[MASK\] b.*, is not finite in float32"):
         model.predict(["a [MASK] a a a", "b [MASK] b b", "c [MASK]"], **options)
 

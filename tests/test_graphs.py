@@ -322,7 +322,7 @@ def test_nothing_refers_to_an_embedder_that_was_dropped():
     """Its weights go at once, without waiting for the garbage collector."""
     model = ml.Embedder.from_pretrained("tiny", device=DEVICE)
     model.encode("x")
-    gone = weakref.ref(model.model)
+    gone = weakref.ref(model.network)
     gc.disable()
     try:
         del model
@@ -368,8 +368,8 @@ def test_copies_and_pickles_begin_without_graphs(captures):
     expected = [model.encode("one") for _ in range(2)][1]
     assert len(captures) == 1
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.network._graphs == {}
-        assert other.network.network is other.model
+        assert other.forward._graphs == {}
+        assert other.forward.network is other.network
         for _ in range(2):
             assert abs(other.encode("one") - expected).max() <= 1e-6
     assert len(captures) == 3

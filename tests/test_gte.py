@@ -1138,7 +1138,7 @@ def test_a_reranker_of_alibaba_s_file_ranks(make):
     write(folder, raw, {name: tensor.half() for name, tensor in prefixed(state_of(folder), "new.").items()})
     as_new(folder, 20000, {"type": "ntk", "factor": 8.0})
     model = ml.Reranker.from_pretrained(folder)
-    assert type(model.model) is GteSequenceClassifier
+    assert type(model.network) is GteSequenceClassifier
     assert np.abs(model.predict(pairs) - scores).max() <= 5e-3
     best = model.rank("what is a cat?", [pair[1] for pair in pairs], return_documents=True)
     assert [row["corpus_id"] for row in best] == np.argsort(-model.predict(pairs)).tolist()

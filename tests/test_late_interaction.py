@@ -253,8 +253,8 @@ def test_order_and_batches_change_nothing(pylate, attend):
 def test_batches_of_queries_stay_near_the_limit_when_padded(pylate, monkeypatch):
     model = LateInteraction.from_pretrained(pylate(), device="cpu", batch_tokens=256)
     sizes = []
-    network = model.network
-    monkeypatch.setattr(model, "network", lambda batch: (sizes.append(len(batch.input_ids)), network(batch))[1])
+    network = model.forward
+    monkeypatch.setattr(model, "forward", lambda batch: (sizes.append(len(batch.input_ids)), network(batch))[1])
     model.encode_queries(["a"] * 40)
     assert sum(sizes) == 40 * 32
     assert max(sizes) <= 256

@@ -44,20 +44,20 @@ def test_every_class_names_the_text(small_folders, value):
     for name in ("tiny", small_folders["dense"]):
         dense = Embedder.from_pretrained(name, **load)
         if name == "tiny" or value != value:  # a Dense with Tanh makes numbers of infinities
-            spoilt(dense, dense.model, value)
+            spoilt(dense, dense.network, value)
             with pytest.raises(ValueError, match=message):
                 dense.encode(TEXTS)
     late = LateInteraction.from_pretrained(small_folders["late"], **load)
-    spoilt(late, late.model, value)
+    spoilt(late, late.network, value)
     for encode in (late.encode_queries, late.encode_documents):
         with pytest.raises(ValueError, match=message):
             encode(TEXTS)
     masked = FillMask.from_pretrained(small_folders["masked"], **load)
-    spoilt(masked, masked.model.model, value)
+    spoilt(masked, masked.encoder, value)
     with pytest.raises(ValueError, match=message):
         masked.predict([f"[MASK] {text}" for text in TEXTS])
     reranker = Reranker.from_pretrained(small_folders["reranker"], **load)
-    spoilt(reranker, reranker.model, value)
+    spoilt(reranker, reranker.network, value)
     for activation in (None, "sigmoid", "identity"):  # a sigmoid makes numbers of infinities
         with pytest.raises(ValueError, match=message):
             reranker.predict([("q", text) for text in TEXTS], activation_fn=activation)
@@ -72,7 +72,7 @@ def test_what_was_finished_is_kept(monkeypatch):
     monkeypatch.setattr(pipeline, "_WINDOW_TEXTS", 2)
     model = Embedder.from_pretrained("tiny", device="cpu")
     expected = model.encode(TEXTS[:2])
-    spoilt(model, model.model, float("nan"))
+    spoilt(model, model.network, float("nan"))
     with pytest.raises(
         ValueError, match=r"text 2, .* \(2 rows were finished: this error has them as .finished"
     ) as caught:

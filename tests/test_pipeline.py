@@ -61,8 +61,8 @@ def test_pieces_and_windows_change_nothing(model, small, batch_tokens):
 
 def test_batches_are_full_across_pieces_and_long_texts_come_first(model, small, monkeypatch):
     """What a piece leaves over shares a batch with the next one."""
-    model.batch_tokens, seen, network = 60, [], model.network
-    monkeypatch.setattr(model, "network", lambda batch, *rest: seen.append(batch.seqlens) or network(batch, *rest))
+    model.batch_tokens, seen, network = 60, [], model.forward
+    monkeypatch.setattr(model, "forward", lambda batch, *rest: seen.append(batch.seqlens) or network(batch, *rest))
     monkeypatch.setattr(pipeline, "_WINDOW_TEXTS", 1_000)
     assert len(pipeline._pieces(TEXTS)) >= 5
     model.encode(TEXTS)
@@ -102,7 +102,7 @@ def test_the_next_piece_is_tokenized_while_one_is_computed(model, small, monkeyp
     texts = TEXTS[:20]
     pieces = pipeline._pieces(texts)
     assert len(pieces) >= 3
-    started, network, alone = threading.Event(), model.network, []
+    started, network, alone = threading.Event(), model.forward, []
     first = [texts[i] for i in pieces[0]]
     callers = watch(monkeypatch, model, lambda texts: texts != first and started.set())
 
@@ -110,7 +110,7 @@ def test_the_next_piece_is_tokenized_while_one_is_computed(model, small, monkeyp
         alone.append(not started.wait(WAIT))
         return network(batch, *rest)
 
-    monkeypatch.setattr(model, "network", forward)
+    monkeypatch.setattr(model, "forward", forward)
     model.batch_tokens = 8  # so that the first piece alone gives batches
     model.encode(texts)
     assert not any(alone)
@@ -183,7 +183,7 @@ def test_cut_texts_of_all_pieces_are_counted(small):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("call", [1, 3])
 def test_a_failure_while_computing_leaves_no_thread(model, small, monkeypatch, count, error, call):
-    network, calls, threads = model.network, 0, []
+    network, calls, threads = model.forward, 0, []
 
     def forward(batch, *rest):
         nonlocal calls
@@ -193,7 +193,7 @@ def test_a_failure_while_computing_leaves_no_thread(model, small, monkeypatch, c
             raise error("stop")
         return network(batch, *rest)
 
-    monkeypatch.setattr(model, "network", forward)
+    monkeypatch.setattr(model, "forward", forward)
     model.batch_tokens = 8  # so that the first piece alone gives batches, while the thread is at the others
     with pytest.raises(error) as caught:  # held, with its frames: they must not be what ends the thread
         model.encode(TEXTS)

@@ -81,8 +81,8 @@ def test_query_length_takes_effect_with_what_is_padded_to_it(late, small_folders
 
 
 def test_the_other_settings_take_effect(tiny, monkeypatch):
-    seen, network = [], tiny.network
-    monkeypatch.setattr(tiny, "network", lambda batch, *rest: seen.append(batch.seqlens) or network(batch, *rest))
+    seen, network = [], tiny.forward
+    monkeypatch.setattr(tiny, "forward", lambda batch, *rest: seen.append(batch.seqlens) or network(batch, *rest))
     expected = tiny.encode(TEXTS)
     assert len(seen) == 1
     tiny.batch_tokens = np.int64(1)

@@ -194,8 +194,8 @@ def test_logits_are_held_in_pieces(save, monkeypatch, strategy, rows):
     expected = weights(theirs.encode(TEXTS))
     assert_near(mine.encode_sparse(TEXTS, keys="ids"), expected)
     monkeypatch.setattr(sparse, "_MOST_LOGITS", rows * SIZE + 5)
-    seen, logits = [], mine.model.logits
-    monkeypatch.setattr(mine.model, "logits", lambda x: seen.append(len(x)) or logits(x))
+    seen, logits = [], mine.network.logits
+    monkeypatch.setattr(mine.network, "logits", lambda x: seen.append(len(x)) or logits(x))
     assert_near(mine.encode_sparse(TEXTS, keys="ids"), expected)
     assert max(seen) <= rows < sum(seen)
 
@@ -238,7 +238,7 @@ def test_one_logit_that_is_not_finite_names_its_text_alone(save, monkeypatch, st
     """-inf, too, which the relu and a larger logit hide; in a long text that is computed in pieces, too."""
     mine = Embedder.from_pretrained(save(strategy=strategy), device="cpu")
     cat = mine.tokenizer.encode(["cat"])[0][0][1]
-    encoder, logits, where = mine.network, mine.model.logits, []
+    encoder, logits, where = mine.forward, mine.network.logits, []
 
     def spoilt(x):
         out = logits(x)
@@ -253,8 +253,8 @@ def test_one_logit_that_is_not_finite_names_its_text_alone(save, monkeypatch, st
     monkeypatch.setattr(sparse, "_MOST_LOGITS", rows * SIZE)
     texts = ["the dog is", "a dog runs and the cat", "dog"]
     expected = mine.encode_sparse([texts[0], texts[2]])
-    monkeypatch.setattr(mine.model, "logits", lambda x: spoilt(x) if where else logits(x))
-    monkeypatch.setattr(mine, "network", noted)
+    monkeypatch.setattr(mine.network, "logits", lambda x: spoilt(x) if where else logits(x))
+    monkeypatch.setattr(mine, "forward", noted)
     with pytest.raises(ValueError, match=r"^the result of text 1, .*, is not finite in float32"):
         mine.encode_sparse(texts)
     assert mine.encode_sparse([texts[0], texts[2]]) == expected
@@ -284,7 +284,7 @@ def test_queries_of_a_router_need_no_network(save, monkeypatch, kind):
     document, query = weights(theirs.encode_document(TEXTS)), weights(theirs.encode_query(TEXTS))
     assert_near(mine.encode_sparse_document(TEXTS, keys="ids"), document)
     assert_near(mine.encode_sparse(TEXTS, keys="ids"), document)  # the default route
-    monkeypatch.setattr(mine, "network", None)
+    monkeypatch.setattr(mine, "forward", None)
     found = mine.encode_sparse_query(TEXTS, keys="ids")
     assert found == query  # exactly: nothing is computed
     assert found[1] == {}

@@ -113,8 +113,8 @@ def test_without_a_bar_there_is_no_thread_of_one(model, monkeypatch):
 
 @pytest.mark.parametrize("how", [{}, {"category": UserWarning}, {"category": Warning}])
 def test_a_warning_that_is_an_error_comes_before_the_work(model, monkeypatch, how):
-    calls, network = [], model.network
-    monkeypatch.setattr(model, "network", lambda *a: calls.append(1) or network(*a))
+    calls, network = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda *a: calls.append(1) or network(*a))
     model.max_seq_length = 9
     with warnings.catch_warnings():
         warnings.resetwarnings()
@@ -188,7 +188,7 @@ def test_a_warning_from_within_points_at_the_caller(model):
     """Also where frames of torch lie between."""
     from modernbert_lite.reading import warn
 
-    model.model.register_forward_hook(lambda *_: warn("from a hook"))
+    model.network.register_forward_hook(lambda *_: warn("from a hook"))
     with pytest.warns(UserWarning, match="from a hook") as seen:
         model.encode("a")
     assert seen[0].filename == __file__

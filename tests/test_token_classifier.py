@@ -241,6 +241,6 @@ def test_offsets_belong_to_the_ids_and_are_transformers_own(make, kind, length):
 
 def test_a_logit_that_is_not_finite_names_the_text(make):
     model = TokenClassifier.from_pretrained(make())
-    model.model.classifier.bias.data[1] = -torch.inf
+    model.network.classifier.bias.data[1] = -torch.inf
     with pytest.raises(ValueError, match=r"the result of text 0, str .*, is not finite in float32"):
         model.predict(TEXTS[:1])

@@ -220,6 +220,6 @@ def test_late_chunking(make):
 @pytest.mark.parametrize("output_value", ["token_embeddings", None])
 def test_a_vector_that_is_not_finite_names_the_text(make, output_value):
     model = Embedder.from_pretrained(make())
-    model.model.final_norm.weight.data[3] = np.inf
+    model.network.final_norm.weight.data[3] = np.inf
     with pytest.raises(ValueError, match=r"the result of text 0, str .*, is not finite in float32"):
         model.encode(TEXTS[:1], output_value=output_value)

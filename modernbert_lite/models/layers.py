@@ -14,8 +14,8 @@ from .fields import Config
 
 
 class Network(nn.Module):
-    """An encoder, or a head on one: it is called with a PackedBatch. `requires_grad_` raises TypeError if the weights
-    are packed for inference."""
+    """An encoder, or a head on one (its `model`). A PackedBatch goes in. `requires_grad_` raises TypeError if the
+    weights are packed for inference."""
 
     def requires_grad_(self, requires_grad: bool = True) -> Network:
         if requires_grad and any(isinstance(module, PackedLinear) for module in self.modules()):

@@ -67,6 +67,12 @@ def encoder_class(config: Config) -> type[nn.Module]:
     return family(config).encoder
 
 
+def encoder_of(network: nn.Module) -> nn.Module:
+    """A network without its head."""
+    encoder: nn.Module = getattr(network, "model", network)
+    return encoder
+
+
 def head_class(config: Config, end: str) -> type[nn.Module]:
     """The network of that end ("ForMaskedLM") on the config's encoder, whatever `architectures` says."""
     return family(config).heads[end]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..batch import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from ..checkpoint.open import Checkpoint
+from ..models.registry import encoder_of, network_class
 from ..ops.graphs import MAX_TOKENS, Graphed
 from ..ops.threads import bound_tokenizer, set_threads
 from ..reading import OptionError, as_whole, shown, whole_number
@@ -28,7 +29,10 @@ P = TypeVar("P", bound="Pipeline")
 class Pipeline(Feeder):
     """A network, its tokenizer, and how they are fed."""
 
+    opens: ClassVar[str]  # what a checkpoint must be for this class, in messages
+    head: ClassVar[str]  # how the name of its network ends, where that is a head of its own
     default_model: ClassVar[str | None] = None
+    forward: Callable[..., Tensor]  # what runs on batches
 
     @classmethod
     @keyworded
@@ -108,13 +112,24 @@ class Pipeline(Feeder):
             checkpoint.folder, longest, own.lower_case, settings=own.tokenizer, files=checkpoint.files
         )
         self.typed = self.tokenizer.has_types and config.type_vocab_size > 1
-        self.model = checkpoint.load(network, device, dtype)
+        # With its head, and without it.
+        self.network = checkpoint.load(network, device, dtype)
+        self.encoder = encoder_of(self.network)
         on_cpu = self.device.type == "cpu"
         if batch_tokens is None and not on_cpu:
             self.batch_tokens = GPU_BATCH_TOKENS
         self.max_graph_tokens = MAX_TOKENS if cuda_graphs else 0
         if on_cpu:
             bound_tokenizer()
+
+    @classmethod
+    def head_of(cls, checkpoint: Checkpoint) -> type[nn.Module]:
+        """The network that ends in `head`. Raises CheckpointError for a checkpoint that is another class's."""
+        cls.check(checkpoint)
+        architecture = checkpoint.architecture(cls.head)
+        if not architecture.endswith(cls.head):
+            raise checkpoint.refuse(cls.opens)
+        return network_class(architecture)
 
     @classmethod
     def check(cls, checkpoint: object) -> None:

@@ -44,7 +44,7 @@ class _Feed(NamedTuple):
 class Feeder:
     """Feeds a network. `typed`: whether it takes token types."""
 
-    model: nn.Module
+    network: nn.Module
     tokenizer: Tokenizer
     typed: bool
     on_long: str
@@ -54,12 +54,12 @@ class Feeder:
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return next(self.model.parameters()).device
+        return next(self.network.parameters()).device
 
     def run(
         self,
         texts: Iterable[Text],
-        forward: Callable[[PackedBatch], Any],
+        compute: Callable[[PackedBatch], Any],
         show_progress_bar: bool | None,
         total: int | None,
         *,
@@ -69,7 +69,7 @@ class Feeder:
         each: int = 1,
         device: torch.device | None = None,
     ) -> Iterator[list[Any]]:
-        """Lists of results in the order of the texts, one list a window; `forward` gives one result
+        """Lists of results in the order of the texts, one list a window; `compute` gives one result
         a sequence: a tensor of B rows on any device, or B of anything, None for one that is not finite. encode,
         max_length, batch_tokens, device: instead of the tokenizer's and the model's own. each: how many neighbours come
         of one of the user's texts. Messages number the user's text.
@@ -89,7 +89,7 @@ class Feeder:
         with closing(_progress(total, show_progress_bar)) as bar:
             for window in windows(texts):
                 results: list[Any] = [None] * len(window)
-                with closing(self._batches(window, seen, forward, feed)) as batches:
+                with closing(self._batches(window, seen, compute, feed)) as batches:
                     for group, rows, cut in _one_behind(batches):
                         for i, row in zip(group, on_host(rows) if isinstance(rows, Tensor) else rows, strict=True):
                             if row is None:
@@ -105,7 +105,7 @@ class Feeder:
     def rows(
         self,
         texts: Iterable[Any],
-        forward: Callable[[PackedBatch], Any],
+        compute: Callable[[PackedBatch], Any],
         show_progress_bar: bool | None,
         made: Callable[[list[Any]], Any] = list,
         *,
@@ -121,7 +121,7 @@ class Feeder:
         total = length(texts)
         total = total and total * limits.get("each", 1)
         with keeping(lambda: made(rows), texts):
-            for results in self.run(texts if feeding is None else feeding, forward, show_progress_bar, total, **limits):
+            for results in self.run(texts if feeding is None else feeding, compute, show_progress_bar, total, **limits):
                 rows += results if block is None else block(results, len(rows))
         return made(rows)
 
@@ -129,7 +129,7 @@ class Feeder:
         self,
         window: list[Text],
         first: int,
-        forward: Callable[[PackedBatch], Any],
+        compute: Callable[[PackedBatch], Any],
         feed: _Feed,
     ) -> Generator[tuple[list[int], Any, int]]:
         """(texts' places in the window, their results, how many more were cut), long texts first. `first`: the number
@@ -165,7 +165,7 @@ class Feeder:
                     ids, types = zip(*(waiting.pop(i) for i in group), strict=True)
                     # Around this call there may be an autocast: the numbers are the model's own, whatever it says.
                     with torch.inference_mode(), torch.autocast(feed.device.type, enabled=False):
-                        rows = forward(pack(ids, feed.device, types if self.typed else None))
+                        rows = compute(pack(ids, feed.device, types if self.typed else None))
                     yield group, rows, cut
                     cut = 0
 
@@ -184,7 +184,7 @@ class Feeder:
                 )
 
     def _not_finite(self, text: Text, i: int) -> ValueError:
-        *_, last = self.model.parameters()  # the first one may be a table that is kept as it is stored
+        *_, last = self.network.parameters()  # the first one may be a table that is kept as it is stored
         dtype = str(last.dtype).removeprefix("torch.")
         advice = "the checkpoint's weights are damaged, or too large to compute with"
         if dtype == "float16":

@@ -143,7 +143,6 @@ class SparseOptions(TypedDict, total=False):
 class SparseEncoding(Prompted, Pipeline):
     """`encode_sparse` of an Embedder."""
 
-    network: Callable[..., Tensor]
     splade: SparseConfig | None
     sparse: bool
     static: dict[str, StaticWeights]  # of a sparse encoder's queries that need no network
@@ -211,7 +210,7 @@ class SparseEncoding(Prompted, Pipeline):
         if keys not in KEYS:
             raise OptionError(f"keys is {shown(keys)}; it must be one of {', '.join(KEYS)}")
         most = most_active(max_active_dims, self.max_active_dims)
-        forward, feeding = self._road(task)
+        compute, feeding = self._road(task)
         prompt = self._resolve_prompt(prompt_name, prompt)
         given, single = listed(sentences, "sentences", lambda text, i: prompt + check_text(text, i))
         decode = None if keys == "ids" else self.tokenizer.decode
@@ -219,7 +218,7 @@ class SparseEncoding(Prompted, Pipeline):
         def made(rows: list[Row]) -> list[dict[Any, float]]:
             return [to_dict(row, most, decode) for row in rows]
 
-        results: list[dict[Any, float]] = self.rows(given, forward, show_progress_bar, made, **feeding)
+        results: list[dict[Any, float]] = self.rows(given, compute, show_progress_bar, made, **feeding)
         return results[0] if single else results
 
     @overload
@@ -277,13 +276,13 @@ class SparseEncoding(Prompted, Pipeline):
         if task not in (*TASKS, None):
             raise OptionError(f"task is {shown(task)}; it must be one of {', '.join(TASKS)}, or None")
         if self.splade is None:
-            return partial(token_weights, self.model, self.tokenizer.unweighted), {}
+            return partial(token_weights, self.network, self.tokenizer.unweighted), {}
         road = self.splade.road(task)
         if road is None:
             has = [name for name in TASKS if self.splade.road(name)]
             raise OptionError(f"task is {task!r}, for which this model has no route; it has {has}")
         if not isinstance(road, Static):
-            return partial(splade_weights, self.model, self.network, road), {}
+            return partial(splade_weights, self.network, self.forward, road), {}
         static = self.static[road.folder]
         return static, {"encode": static.tokenizer.encode_typed, "max_length": static.max_length, "device": _CPU}
 

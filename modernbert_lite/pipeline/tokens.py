@@ -103,8 +103,8 @@ class TokenVectors(SparseEncoding):
         given, single = listed(sentences, "sentences", lambda text, i: prompt + check_text(text, i))
         skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
 
-        def forward(batch: PackedBatch) -> list[Any]:
-            x = finish(self.network(batch, False).float(), self.on_tokens, False, None)
+        def compute(batch: PackedBatch) -> list[Any]:
+            x = finish(self.forward(batch, False).float(), self.on_tokens, False, None)
             tokens = x.cpu().split(batch.seqlens)
             checked = [row if row.isfinite().all() else None for row in tokens]
             if not everything:
@@ -125,7 +125,7 @@ class TokenVectors(SparseEncoding):
                 "sentence_embedding": vector,
             }
 
-        results = self.rows(given, forward, show_progress_bar, lambda rows: [result(row) for row in rows])
+        results = self.rows(given, compute, show_progress_bar, lambda rows: [result(row) for row in rows])
         return results[0] if single else results
 
 

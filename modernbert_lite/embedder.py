@@ -24,8 +24,8 @@ from .pipeline.inputs import Given, keeping, length, listed
 from .pipeline.keywords import keyworded
 from .pipeline.tokenizer import Text
 from .pipeline.tokens import TextOutput, TokenVectors, as_they_are, check_ids
-from .pipeline.vectors import PRECISIONS, check_ranges, floats, no_range, quantize_embeddings
-from .reading import CheckpointError, OptionError, shown, warn, whole_number
+from .pipeline.vectors import check_ranges, floats, no_range, quantize_embeddings
+from .reading import PRECISIONS, CheckpointError, OptionError, one_of, shown, warn, whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -197,12 +197,8 @@ class Embedder(TokenVectors):
         are held in memory.
         """
         self._check_dense()
-        if output_value not in _OUTPUTS:
-            raise OptionError(
-                f"output_value is {shown(output_value)}; it must be one of {', '.join(map(repr, _OUTPUTS))}"
-            )
-        if precision not in PRECISIONS:
-            raise OptionError(f"precision is {shown(precision)}; it must be one of {', '.join(PRECISIONS)}")
+        one_of("output_value", output_value, _OUTPUTS)
+        one_of("precision", precision, PRECISIONS)
         if output_value != "sentence_embedding":
             if precision != "float32":
                 raise OptionError(

@@ -11,7 +11,7 @@ import os
 import stat
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from types import FrameType
 from typing import Any, TypeGuard
@@ -29,6 +29,12 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+# What options may be, told once: the classes check it, and the shell shows it before anything heavy is imported.
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+ON_LONG = ("truncate", "error")
+PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
+OUTPUT_FORMATS = ("jsonl", "npy", "npz")
 
 # Far above any published checkpoint: a config that claims more is broken or hostile, and would build modules for ever.
 _LIMITS = {
@@ -160,6 +166,13 @@ def as_whole(value: Any) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """An option's value. Raises OptionError for one that is not allowed."""
+    if not isinstance(value, str | None) or value not in allowed:
+        raise OptionError(f"{name} is {shown(value)}; it must be one of {', '.join(map(str, allowed))}")
+    return value
 
 
 def whole_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
@@ -310,7 +323,7 @@ class Reader:
 
     def choice(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
         value = default if self.raw.get(key) is None else self.raw[key]
-        if value not in allowed:
+        if not isinstance(value, str | None) or value not in allowed:
             raise self._fail(key, value, "one of " + ", ".join(allowed))
         return str(value)
 

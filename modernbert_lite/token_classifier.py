@@ -14,7 +14,7 @@ from .pipeline.base import Pipeline
 from .pipeline.inputs import listed
 from .pipeline.keywords import keyworded
 from .pipeline.tokenizer import Span
-from .reading import OptionError, shown
+from .reading import one_of
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
 
@@ -95,10 +95,7 @@ class TokenClassifier(Pipeline):
         cut (on_long): what lies beyond has no entities. Raises OptionError for another strategy, TypeError for an item
         that is no string.
         """
-        if aggregation_strategy not in STRATEGIES:
-            raise OptionError(
-                f"aggregation_strategy is {shown(aggregation_strategy)}; it must be one of {', '.join(STRATEGIES)}"
-            )
+        one_of("aggregation_strategy", aggregation_strategy, STRATEGIES)
         ignored = {ignore_labels} if isinstance(ignore_labels, str) else set(ignore_labels)
         items, single = listed(texts, "texts")
         waiting: list[str] = []

@@ -111,7 +111,7 @@ def test_the_bundled_model_and_its_dense_free_width():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"output_value": "tokens"}, "output_value is 'tokens'; it must be one of 'sentence_embedding', 'token_emb"),
+        ({"output_value": "tokens"}, "output_value is 'tokens'; it must be one of sentence_embedding, token_emb"),
         (
             {"output_value": "token_embeddings", "precision": "int8"},
             "precision is 'int8'; with output_value='token_embe",

@@ -11,11 +11,11 @@ from torch import nn
 from ..models.fields import Config
 from ..models.registry import network_class, read_config, use
 from ..ops.threads import set_threads
-from ..reading import CheckpointError, OptionError
+from ..reading import DTYPES, CheckpointError, OptionError
 from .folder import Folder
 from .hub import find_checkpoint
 from .sentence import length_limit, read_sentence_config
-from .weights import DTYPES, load_weights
+from .weights import load_weights
 
 
 class Checkpoint:
@@ -145,7 +145,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    known = {**DTYPES, "int8": torch.int8}
+    known = {name: getattr(torch, name) for name in DTYPES}
     picked = known.get(dtype) if isinstance(dtype, str) else dtype
     if picked is None or picked not in known.values():
         raise OptionError(f"dtype is {dtype!r}; it must be one of {', '.join(known)}")

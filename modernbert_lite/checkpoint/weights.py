@@ -12,13 +12,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..models.fields import Config
+from ..ops.choose import FLOATS
 from ..ops.linear import Linear, pack, packs
 from ..ops.threads import survive_forks
 from ..reading import CheckpointError, OptionError, printable, shown
 from .folder import Folder, open_safetensors
 from .names import Source, advice, match
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_READ = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 _TABLES = ("tok_embeddings.weight", "word_embeddings.weight")
 
 
@@ -113,7 +114,7 @@ def _read_table(path: Path, key: str, dtype: torch.dtype, small: bool) -> Tensor
     if small and tensor.dtype == torch.float32:
         half = tensor.half()
         return half if torch.stack(half.aminmax()).isfinite().all() else tensor
-    return tensor if tensor.dtype in DTYPES.values() else tensor.to(dtype)
+    return tensor if tensor.dtype in FLOATS else tensor.to(dtype)
 
 
 def _open_tensor(path: Path, key: str) -> Tensor:
@@ -121,12 +122,10 @@ def _open_tensor(path: Path, key: str) -> Tensor:
     try:
         tensor: Tensor = open_safetensors(path).get_tensor(key)
     except (SafetensorError, AttributeError) as error:  # a type that this safetensors or this torch doesn't know
+        raise CheckpointError(f"{printable(key, 100)} can't be read: {shown(error)}; only {_READ} are") from None
+    if tensor.dtype not in (*FLOATS, torch.float64):
         raise CheckpointError(
-            f"{printable(key, 100)} can't be read: {shown(error)}; only {', '.join(DTYPES)} are"
-        ) from None
-    if tensor.dtype not in (*DTYPES.values(), torch.float64):
-        raise CheckpointError(
-            f"{printable(key, 100)} is stored as {tensor.dtype}; only {', '.join(DTYPES)} are read: if it is "
+            f"{printable(key, 100)} is stored as {tensor.dtype}; only {_READ} are read: if it is "
             "quantized, take the model that it was made from"
         )
     return tensor

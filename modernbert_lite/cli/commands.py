@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..reading import OptionError, shown
+from ..reading import DTYPES, ON_LONG, OUTPUT_FORMATS, PRECISIONS, OptionError, shown
 from . import console
 from . import inputs as record_files
 
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--output", "-o", type=Path, metavar="FILE", help="'-', the default, is standard output")
     embed.add_argument(
         "--format",
-        choices=("jsonl", "npy", "npz"),
+        choices=OUTPUT_FORMATS,
         help="default: by --output's ending, else jsonl (npz: 'embeddings')",
     )
     _add_model(embed, "default: the bundled 'tiny'")
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--truncate-dim", type=_count, metavar="N", help="the first N dimensions")
     embed.add_argument(
         "--precision",
-        choices=("float32", "float16", "int8", "uint8", "binary", "ubinary"),
+        choices=PRECISIONS,
         default="float32",
         help="default: float32; int8 and uint8 are cut by the range of all vectors, which are held in memory for it",
     )
@@ -191,11 +191,11 @@ def _add_model(parser: argparse.ArgumentParser, help: str, required: bool = Fals
     parser.add_argument("--model", "-m", required=required, help=f"a folder or hub id; {help}")
     _add_hub(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ..; default: CUDA if there is one")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "int8"), help="default: by the device")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: by the device")
     parser.add_argument("--max-seq-length", type=_count, metavar="N", help="instead of the model's own")
     parser.add_argument("--batch-tokens", type=_count, metavar="N", help="in a batch; default: by the device")
     parser.add_argument("--threads", type=_count, metavar="N", help="of the processor; default: all it may use")
-    parser.add_argument("--on-long", choices=("truncate", "error"), default="truncate", help="default: truncate")
+    parser.add_argument("--on-long", choices=ON_LONG, default="truncate", help="default: truncate")
 
 
 def _add_hub(parser: argparse.ArgumentParser) -> None:
@@ -250,8 +250,10 @@ def _read(args: argparse.Namespace) -> Iterable[record_files.Record]:
 def _embed(args: argparse.Namespace) -> None:
     args.output = None if args.output == Path("-") else args.output
     format = args.format or (args.output.suffix[1:].lower() if args.output else "jsonl")
-    if format not in ("jsonl", "npy", "npz"):
-        raise OptionError(f"--output {args.output}: its ending names no format; add --format jsonl, npy or npz")
+    if format not in OUTPUT_FORMATS:
+        raise OptionError(
+            f"--output {args.output}: its ending names no format; add --format, one of {', '.join(OUTPUT_FORMATS)}"
+        )
     if format == "jsonl" and args.field == "embedding":
         raise OptionError("--field embedding: jsonl output has the vector there; rename the field, or write npy")
     if args.output is None:

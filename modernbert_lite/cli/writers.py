@@ -11,15 +11,15 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import IO, Any
 
 import numpy as np
 
+from ..reading import OUTPUT_FORMATS, one_of
 from .console import held
 from .outputs import Output
 
-FORMATS = ("jsonl", "npy", "npz")
 _NPY_HEADER_BYTES = 128
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 
@@ -32,9 +32,7 @@ class VectorWriter:
     before it, whatever follows them; of jsonl the last line may be torn."""
 
     def __init__(self, path: Path | None, format: str):
-        if format not in FORMATS:
-            raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
-        self.format = format
+        self.format = one_of("format", format, OUTPUT_FORMATS)
         self.rows, self._end = 0, 0
         self._row_shape, self._dtype = (0,), np.dtype(np.float32)
         self._output = None if path is None else Output(path, _no_rows)
@@ -97,11 +95,13 @@ class VectorWriter:
         if self._output is not None:
             self._finish_file(self._output)
             return
-        if self.format != "jsonl":
+        to = sys.stdout.buffer
+        if self.format == "npz":  # without `seek` and `tell`: where a file is appended to, they would mislead zipfile
+            self._zip(SimpleNamespace(write=to.write, flush=to.flush))
+        elif self.format == "npy":
             self._file.seek(0)
-            with tempfile.TemporaryFile() as packed:
-                shutil.copyfileobj(self._zip(packed) if self.format == "npz" else self._file, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+            shutil.copyfileobj(self._file, to)
+        to.flush()
 
     def _finish_file(self, output: Output) -> None:
         os.fsync(self._file.fileno())
@@ -112,7 +112,6 @@ class VectorWriter:
         number, name = tempfile.mkstemp(prefix=output.path.name + ".", suffix=".tmp", dir=output.path.parent)
         try:
             with os.fdopen(number, "wb") as file:
-                self._file.seek(0)
                 self._zip(file)
                 shutil.copymode(output.partial, name)
                 file.flush()
@@ -123,15 +122,14 @@ class VectorWriter:
             with suppress(FileNotFoundError):
                 os.unlink(name)
 
-    def _zip(self, file: IO[bytes]) -> IO[bytes]:
+    def _zip(self, file: Any) -> None:
         """The npy in self._file as "embeddings" of an npz, uncompressed (vectors don't compress)."""
+        self._file.seek(0)
         with (
             zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
             archive.open("embeddings.npy", "w", force_zip64=True) as entry,
         ):
             shutil.copyfileobj(self._file, entry)
-        file.seek(0)
-        return file
 
 
 def _no_rows(start: bytes) -> bool:

@@ -19,7 +19,7 @@ Twins = Mapping[str, Callable[..., Any]]
 
 OPS = ("linear", "layer_norm", "rope", "attention", "geglu", "mean_pool")
 BACKENDS = ("auto", "torch", "triton", "onednn")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 _used: tuple[Twins, ...] = ()
 

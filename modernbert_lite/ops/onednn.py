@@ -22,9 +22,9 @@ from .tracing import not_compiled
 
 Activation = Callable[[Tensor], Tensor]
 _BLOCKS = (1024, 512, 256)  # rows of activations that are multiplied at a time; what is left over comes last
-# The numbers of rows that are multiplied (see _blocks): 4 in each doubling, from 64 on 8. Fewer than 4 rows take
-# as long as 4.
-_SIZES = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, *range(64, 128, 8), *range(128, 257, 16), 512, 1024)
+# The numbers of rows that are multiplied (see _blocks): steps of 4, then of 8, then of 16. Fewer than 4 rows take as
+# long as 4.
+_SIZES = (*range(4, 32, 4), *range(32, 128, 8), *range(128, 257, 16), 512, 1024)
 _TINY = 1e-30  # the scale of a row of zeros
 
 

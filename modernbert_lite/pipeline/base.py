@@ -15,12 +15,11 @@ from ..checkpoint.open import Checkpoint
 from ..models.registry import encoder_of, network_class
 from ..ops.graphs import MAX_TOKENS, Graphed
 from ..ops.threads import bound_tokenizer, set_threads
-from ..reading import OptionError, as_whole, shown, whole_number
+from ..reading import ON_LONG, OptionError, as_whole, one_of, shown, whole_number
 from .feed import Feeder, Lenient
 from .keywords import keyworded
 from .tokenizer import Tokenizer
 
-ON_LONG = ("truncate", "error")
 _STRONGER_MODEL = "Alibaba-NLP/gte-modernbert-base"
 
 P = TypeVar("P", bound="Pipeline")
@@ -175,9 +174,7 @@ class Pipeline(Feeder):
 
     @on_long.setter
     def on_long(self, value: str) -> None:
-        if value not in ON_LONG:
-            raise OptionError(f"on_long is {shown(value)}; it must be one of {', '.join(ON_LONG)}")
-        self._on_long = value
+        self._on_long = one_of("on_long", value, ON_LONG)
 
     def graphed(self, network: Any, forward: Callable[..., Tensor] | None = None) -> Graphed:
         """The network, or a function of it, to be called on batches: by CUDA graphs where they pay."""

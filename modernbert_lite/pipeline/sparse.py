@@ -23,6 +23,7 @@ from ..reading import (
     OptionError,
     inside,
     is_number,
+    one_of,
     read_json,
     shown,
     whole_number,
@@ -207,8 +208,7 @@ class SparseEncoding(Prompted, Pipeline):
                 "(MLMTransformer and SpladePooling in modules.json), or a token classifier of one label beside the "
                 "encoder, as in Alibaba-NLP/gte-multilingual-base"
             )
-        if keys not in KEYS:
-            raise OptionError(f"keys is {shown(keys)}; it must be one of {', '.join(KEYS)}")
+        one_of("keys", keys, KEYS)
         most = most_active(max_active_dims, self.max_active_dims)
         compute, feeding = self._road(task)
         prompt = self._resolve_prompt(prompt_name, prompt)
@@ -273,8 +273,7 @@ class SparseEncoding(Prompted, Pipeline):
 
     def _road(self, task: str | None) -> tuple[Callable[[PackedBatch], list[Row | None]], dict[str, Any]]:
         """What makes rows of the batches of such texts, and how those are fed otherwise than others."""
-        if task not in (*TASKS, None):
-            raise OptionError(f"task is {shown(task)}; it must be one of {', '.join(TASKS)}, or None")
+        one_of("task", task, (*TASKS, None))
         if self.splade is None:
             return partial(token_weights, self.network, self.tokenizer.unweighted), {}
         road = self.splade.road(task)

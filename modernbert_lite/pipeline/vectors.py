@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..reading import OptionError, shown
-
-PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
+from ..reading import PRECISIONS, OptionError, one_of
 
 
 def floats(values: Any, name: str) -> np.ndarray:
@@ -54,8 +52,7 @@ def quantize_embeddings(
     embeddings that are not finite in the precision, naming the first of them.
     first: the number of the first embedding, for that message, where these embeddings are a block of more.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {shown(precision)}; it must be one of {', '.join(PRECISIONS)}")
+    one_of("precision", precision, PRECISIONS)
     embeddings = floats(embeddings, "embeddings")
     if precision == "float32":
         return embeddings

@@ -39,7 +39,6 @@ def thetas(full, sliding):
     }
 
 
-NARROW = {"initializer_range": 0.02, "initializer_cutoff_factor": 2.0}
 VARIATIONS = {
     "heads of 64": {"hidden_size": 192, "num_attention_heads": 3},
     "heads of 128": {"hidden_size": 256, "num_attention_heads": 2},

@@ -32,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 KERNELS = ("attention", "rope", "geglu", "layer_norm", "pooling")
 # Of these the ones marked gpu; the others in them can run on a card, too, with TRITON_INTERPRET=0, but not in minutes.
-TESTS = ("tests/test_kernel_*.py", "tests/test_graphs.py", "tests/test_gpu.py")
+TESTS = ("tests/kernels/test_*.py", "tests/ops/test_graphs.py", "tests/ops/test_gpu*.py")
 SIZES = (32_768, 8_192, 131_072, 1_024)  # tokens in a kernel's batch: what is promised is of the first
 TABLES = ("encode", "gte", "kernels", "tune")
 

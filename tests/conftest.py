@@ -21,6 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentence_files import write_sentence_files
+
+HELPERS = Path(__file__).parent / "helpers"  # on sys.path: pyproject.toml
+pytest.register_assert_rewrite(*(path.stem for path in HELPERS.glob("*_cases.py")))
 
 DATA = Path(__file__).parent / "data"
 REAL_TOKENIZER = DATA / "modernbert-tokenizer"
@@ -165,46 +169,12 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     return make
 
 
-def write_sentence_files(
-    folder: Path,
-    *,
-    pooling: dict[str, Any] | None = None,
-    normalize: bool = False,
-    prompts: dict[str, str] | None = None,
-    max_seq_length: int | None = 512,
-    **texts: Any,
-) -> Path:
-    """sentence-transformers' files in their old form, around a checkpoint. pooling: of 1_Pooling/config.json."""
-    st = "sentence_transformers.models."
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": st + "Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": st + "Pooling"},
-    ]
-    if normalize:
-        modules.append({"idx": 2, "name": "2", "path": "2_Normalize", "type": st + "Normalize"})
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    width = json.loads((folder / "config.json").read_text())["hidden_size"]
-    pooled = {"word_embedding_dimension": width, **(pooling or {"pooling_mode_cls_token": True})}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooled))
-    if max_seq_length is not None:
-        settings = {"max_seq_length": max_seq_length, "do_lower_case": False}
-        (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
-    sentence = {"prompts": prompts or {}, "default_prompt_name": None, "similarity_fn_name": "cosine", **texts}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(sentence))
-    return folder
-
-
 @pytest.fixture(scope="session")
 def cases() -> Any:
-    """config_cases.py: tests import nothing from each other."""
-    import importlib.util
+    """helpers/config_cases.py."""
+    import config_cases
 
-    spec = importlib.util.spec_from_file_location("config_cases", Path(__file__).parent / "config_cases.py")
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    return module
+    return config_cases
 
 
 @pytest.fixture(scope="session")

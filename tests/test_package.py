@@ -323,3 +323,12 @@ def test_the_core_stays_lite():
         total = sum(count for name, count in lines.items() if (name.partition(".")[0] if "." in name else "") == room)
         assert total <= alarm, f"{room or 'the top'}: {total} lines"
     assert max(lines.values()) <= 400, lines
+
+
+def test_tests_have_the_folders_of_what_they_test_and_no_long_file():
+    """Beside them: classes/, for what people call, and helpers/, for what several files share."""
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"}
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert folders == {*rooms, "kernels", "bench", "classes", "helpers", "data"}
+    long = {str(path): n for path in (ROOT / "tests").rglob("*.py") if (n := len(path.read_text().splitlines())) > 500}
+    assert not long

@@ -8,9 +8,9 @@ benches repeat their shapes, and don't see what a library builds, and keeps, for
 
 Each dtype has a process of its own, with the bundled model. After a few batches of 4,096 tokens come batches of other
 sizes, no size twice. Each batch is run when its size is new, and at once again when its size is known: `cpu_ratio` and
-`wall_ratio` are the sums of new over known. `grown_mb` is the resident memory after all sizes, less that before them;
-`peak_mb` is the most after any batch, less that before them (10^6 bytes). Before both readings glibc gives back what
-it keeps of freed memory: up to 64 MB stay or go by chance, whatever the sizes were. `peak_mb` counts that memory, too.
+`wall_ratio` are the sums of new over known. `grown_mb` is the process's own memory after all sizes, less that before
+them; `peak_mb` is the most after any batch, less that before them (10^6 bytes). Before both readings glibc gives back
+what it keeps of freed memory: up to 64 MB stay or go by chance, whatever the sizes were. `peak_mb` counts them, too.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ def batch_of(tokens: int, vocab_size: int) -> ml.PackedBatch:
 
 
 def resident_mb() -> float:
-    """This process's resident memory, 10^6 bytes. Raises OSError where there is no /proc."""
+    """This process's own memory, also what was swapped out, 10^6 bytes; files that it maps don't count. Raises OSError
+    where there is no /proc."""
     status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) * 1024 / 1e6
+    return sum(int(status.partition(f"{name}:")[2].split()[0]) for name in ("RssAnon", "VmSwap")) * 1024 / 1e6
 
 
 def held_mb() -> float:

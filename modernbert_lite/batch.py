@@ -1,4 +1,4 @@
-"""Packed batches: sequences end to end, no padding. A padded tensor exists only at this file's edge."""
+"""Packed batches: sequences end to end, without padding. Padded tensors exist only at this file's edge."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B sequences end to end. Build it with `pack`; every layer takes it whole, so none can forget a part of it.
+    """B sequences end to end. `pack` builds it. Every layer takes the whole object, so no layer can forget a part.
 
     seqlens [5, 7, 2] -> cu_seqlens [0, 5, 12, 14], max_seqlen 7, position_ids [0..4, 0..6, 0, 1], T = 14
     """
@@ -32,9 +32,10 @@ class PackedBatch:
     max_id: int  # the largest id, on the host for the same reason (-1 if T is 0)
     token_type_ids: Tensor | None = None  # (T,) int64, of tokenizers that tell a pair's texts apart; None: all 0
     max_type: int = 0
-    # Of each sequence so many tokens, its first, are seen; those after them see and are not. None: all are.
+    # How many leading tokens of each sequence can be seen. The tokens after them (padding of ColBERT queries) see, but
+    # are not seen. None: all tokens can be seen.
     key_seqlens: tuple[int, ...] | None = None
-    # What ops derive from the batch once for all layers; `to` and `replace` start anew.
+    # What operations derive from the batch, once for all layers. `to` and `replace` make a batch with an empty cache.
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -63,7 +64,8 @@ class Limits(Protocol):
 
 
 def check_batch(batch: PackedBatch, limits: Limits, rows: Tensor | None = None) -> None:
-    """Raises TypeError for what is no batch, ValueError for ids outside the tables or not a row a sequence."""
+    """Raises TypeError for what is no batch; ValueError for ids outside the tables, and unless `rows` are one per
+    text."""
     if not isinstance(batch, PackedBatch):
         raise TypeError(f"the network takes a PackedBatch, not {type(batch).__name__}: see pack and from_padded")
     if batch.max_id >= limits.vocab_size:
@@ -82,7 +84,7 @@ def check_batch(batch: PackedBatch, limits: Limits, rows: Tensor | None = None) 
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """To a GPU without waiting, from pinned memory, since a copy from any other first waits for what runs there."""
+    """Copies to a GPU without waiting, from pinned memory: copies of other memory wait for the device's work first."""
     to_gpu = torch.device(device).type == "cuda"
     if to_gpu and x.device.type == "cpu":
         x = x.pin_memory()
@@ -94,10 +96,10 @@ def pack(
     device: torch.device | str | None = None,
     token_type_ids: Iterable[Sequence[int] | np.ndarray | Tensor] | None = None,
 ) -> PackedBatch:
-    """Sequences of token ids (lists, 1-D integer tensors or arrays, empty ones allowed) -> one PackedBatch.
-    token_type_ids: of the same lengths, for models that tell the two texts of a pair apart.
+    """Sequences of token ids -> one PackedBatch. A sequence is a list, or a 1-D integer tensor or array; it may be
+    empty. token_type_ids: of the same lengths, for models that tell the two texts of a pair apart.
 
-    Raises ValueError for ids that are not whole numbers or are negative, naming the sequence, and for other lengths.
+    Raises ValueError, naming the sequence, for ids that are negative or no whole numbers, and for other lengths.
     """
     ids, seqlens, high = _join(sequences, "sequence", "id")
     types, high_type = None, 0
@@ -117,13 +119,13 @@ def pack(
 def _join(
     sequences: Iterable[Sequence[int] | np.ndarray | Tensor], name: str, kind: str
 ) -> tuple[Tensor, tuple[int, ...], int]:
-    """End to end, (T,) int64, with the lengths and the largest number (-1 if T is 0)."""
+    """The sequences end to end, (T,) int64; their lengths; the largest number (-1 if T is 0)."""
     parts = []
     for i, sequence in enumerate(sequences):
         if isinstance(sequence, np.ndarray) and sequence.dtype.kind in "iu":  # of any size, byte order, read-only too
             sequence = sequence.astype(np.int64)
         try:
-            part = torch.as_tensor(sequence)
+            part = torch.as_tensor(sequence, device=None if isinstance(sequence, Tensor) else "cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{name} {i} is no list of token {kind}s (whole numbers): {error}") from None
         if part.dim() != 1 or (part.numel() and part.dtype not in _ID_DTYPES):
@@ -132,7 +134,7 @@ def _join(
                 f"each sequence must be one-dimensional token {kind}s (whole numbers)"
             )
         parts.append(part.to(torch.int64))
-    ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device="cpu")
     low, high = (int(v) for v in ids.aminmax()) if len(ids) else (0, -1)
     if low < 0:
         bad = next(i for i, part in enumerate(parts) if len(part) and int(part.min()) < 0)
@@ -141,17 +143,17 @@ def _join(
 
 
 def unpack(tensor: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    """(T, ...) -> B views of (seqlen, ...), one a sequence."""
+    """(T, ...) -> B views of (seqlen, ...), one per sequence."""
     return list(tensor.split(cu_seqlens.diff().tolist()))
 
 
 def from_padded(
     input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
 ) -> PackedBatch:
-    """(B, S) ids and a (B, S) mask of 0 and 1 (None: all ones), padded on either side -> PackedBatch. token_type_ids
-    (B, S): for models that tell the two texts of a pair apart.
+    """(B, S) ids and a (B, S) mask of 0 and 1 (None: all 1) -> PackedBatch. Padding may be on either side.
+    token_type_ids (B, S): for models that tell the two texts of a pair apart.
 
-    The first token of a row is its first real one, also where the padding is on the left.
+    Position 0 of a row is its first real token, also where the padding is on the left.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     types = input_ids if token_type_ids is None else token_type_ids
@@ -160,7 +162,7 @@ def from_padded(
         others += "" if token_type_ids is None else f", token_type_ids {tuple(types.shape)}"
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)} and {others}; all must be (B, S)")
     mask = mask.bool()
-    # A hole would shift the positions of what follows it, and with them RoPE and the local window.
+    # A hole would shift the positions of the tokens after it, and so RoPE and the local window.
     edges = mask.int().diff(dim=1, prepend=mask.new_zeros(len(mask), 1, dtype=torch.int32))
     holes = ((edges == 1).sum(1) > 1).nonzero()
     if len(holes):
@@ -170,7 +172,7 @@ def from_padded(
 
 
 def to_padded(tensor: Tensor, attention_mask: Tensor, value: float = 0.0) -> Tensor:
-    """(T, ...) in the order of `from_padded` -> (B, S, ...), `value` where attention_mask is 0."""
+    """(T, ...) in the order of `from_padded` -> (B, S, ...), with `value` where attention_mask is 0."""
     mask = attention_mask.bool()
     if int(mask.sum()) != len(tensor):
         raise ValueError(f"attention_mask has {int(mask.sum())} real tokens, the packed tensor {len(tensor)}")
@@ -180,7 +182,7 @@ def to_padded(tensor: Tensor, attention_mask: Tensor, value: float = 0.0) -> Ten
 
 
 def plan_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of sequences, longest first, in groups of at most `max_tokens`; a longer sequence goes alone.
+    """Groups indices of sequences, longest first, at most `max_tokens` per group. A longer sequence is alone in one.
 
     lengths [3, 9, 4, 2], max_tokens 8 -> [[1], [2, 0], [3]]
     """

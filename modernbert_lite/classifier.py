@@ -1,4 +1,4 @@
-"""Texts -> labels with scores: sequence classifiers, and zero-shot classification by natural language inference."""
+"""Texts to labels with scores: sequence classifiers, and zero-shot classification by natural language inference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .pipeline.feed import on_host
 from .pipeline.inputs import check_text, check_text_or_pair, listed
 from .pipeline.keywords import keyworded
 from .pipeline.tokenizer import FirstCut, Text
-from .reading import CheckpointError, OptionError, shown, warn, whole_number
+from .reading import CheckpointError, OptionError, one_of, shown, warn, whole_number
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
@@ -42,9 +42,10 @@ class ZeroShot(TypedDict):
 class Classifier(Pipeline):
     """A sequence classifier of texts, or of pairs of texts. `labels` are the names of its classes, by their ids.
 
-    `function_to_apply` is what makes scores of its logits, chosen as transformers' text-classification pipeline does:
-    "none" for the config's problem_type "regression"; else "sigmoid" for "multi_label_classification" and for a single
-    label; else "softmax"."""
+    `function_to_apply` makes scores of the logits. It is chosen as in transformers' text-classification pipeline:
+    "none" for the problem_type "regression" in the config; else "sigmoid" for "multi_label_classification" and for a
+    single label; else "softmax".
+    """
 
     opens, head = "sequence classifier", "ForSequenceClassification"
 
@@ -83,14 +84,16 @@ class Classifier(Pipeline):
         function_to_apply: str | None = None,
         show_progress_bar: bool | None = None,
     ) -> list[Score] | list[list[Score]]:
-        """For every text a list of {"label", "score"}, best first; of one string, that list alone.
+        """For every text a list of {"label", "score"}, best first; for one string, that list alone.
 
-        texts: a string, or an iterable of strings and of pairs of strings (tuples or lists); one pair is [(a, b)].
-        top_k: how many labels; None: all. function_to_apply: "softmax", "sigmoid" or "none" on the logits; None: the
-        model's own. Equal scores stay in the order of their ids. The numbers are those of transformers'
-        pipeline("text-classification", top_k=top_k), but texts over max_seq_length are cut (on_long), and a pair whose
-        second text is empty stays a pair, where the pipeline takes it for a single text. Raises
-        OptionError for another function or a top_k below 1, TypeError for an item that is no text and no pair.
+        texts: a string, or an iterable of strings and of pairs of strings (tuples or lists). One pair is [(a, b)].
+        top_k: how many labels; None: all. function_to_apply: "softmax", "sigmoid" or "none"; by default the model's
+        own. Equal scores stay in the order of their ids.
+
+        The numbers are those of transformers' pipeline("text-classification", top_k=top_k), with two differences: texts
+        over max_seq_length are cut (see on_long), and a pair whose second text is empty stays a pair, where the
+        pipeline makes it a single text. Raises OptionError for another function and for a top_k below 1, TypeError for
+        an item that is neither a text nor a pair.
         """
         top_k = None if top_k is None else whole_number("top_k", top_k)
 
@@ -113,7 +116,7 @@ class Classifier(Pipeline):
         function_to_apply: str | None = None,
         show_progress_bar: bool | None = None,
     ) -> np.ndarray:
-        """Scores of all labels in the order of their ids, (N, labels), fp32; of one string, (labels,).
+        """Scores of all labels in the order of their ids: (N, labels), fp32; for one string (labels,).
 
         texts, function_to_apply: as in `predict`; "none" gives the logits.
         """
@@ -127,10 +130,9 @@ class Classifier(Pipeline):
         show_progress_bar: bool | None,
         made: Callable[[list[Tensor]], Any],
     ) -> Any:
-        """What is `made` of the texts' scores."""
-        name = self.function_to_apply if function_to_apply is None else str(function_to_apply).lower()
-        if name not in _FUNCTIONS:
-            raise OptionError(f"function_to_apply is {shown(function_to_apply)}; it must be {', '.join(_FUNCTIONS)}")
+        """`made` of the texts' scores."""
+        named = self.function_to_apply if function_to_apply is None else function_to_apply
+        name = one_of("function_to_apply", named.lower() if isinstance(named, str) else named, tuple(_FUNCTIONS))
         given, single = listed(texts, "texts", check_text_or_pair, "a str or an iterable of str or pairs", dimensions=2)
         results = self.rows(given, self._compute(name), show_progress_bar, made)
         return results[0] if single else results
@@ -165,18 +167,18 @@ class Classifier(Pipeline):
         multi_label: bool = False,
         show_progress_bar: bool | None = None,
     ) -> ZeroShot | list[ZeroShot]:
-        """For every text {"sequence": the text, "labels": best first, "scores": of those}; of one string, one dict.
+        """For every text {"sequence": the text, "labels": best first, "scores": of these}; for one string, one dict.
 
-        A model of natural language inference reads each text as the premise of every label's hypothesis, which is the
-        template with the label in place of {}. labels: a list, or one string with commas between them. Scores are the
-        softmax of the entailment's logits over the labels; with multi_label, or a single label, each label's
-        entailment against contradiction. The numbers are those of transformers' pipeline("zero-shot-classification"):
-        entailment is the label of the config's label2id whose name starts with "entail" (where there is none the last
-        one, with a warning), contradiction the first label, or the last one if entailment is the first. Only the text
-        is cut to fit max_seq_length.
+        A model of natural language inference reads each text as a premise, with one hypothesis per label: the template,
+        in which the label replaces {}. labels: a list, or one string with commas between them. A score is the softmax,
+        over the labels, of the logits of entailment. With multi_label, or a single label, it is the softmax of each
+        label's entailment and contradiction. Only the text is cut to fit max_seq_length.
 
-        Raises OptionError without labels, for a template without {}, and for a hypothesis that leaves no room for a
-        text.
+        The numbers are those of transformers' pipeline("zero-shot-classification"). Entailment is the label of the
+        config's label2id whose name starts with "entail"; without such a label the last one, with a warning.
+        Contradiction is the first label, or the last one if entailment is the first.
+
+        Raises OptionError without labels, for a template without {}, and for a hypothesis that leaves a text no room.
         """
         if isinstance(labels, str):
             labels = [name for name in map(str.strip, labels.split(",")) if name]
@@ -192,7 +194,7 @@ class Classifier(Pipeline):
                 yield from (FirstCut((text, hypothesis)) for hypothesis in hypotheses)
 
         def results(rows: list[Tensor]) -> list[ZeroShot]:
-            """Of the texts all of whose pairs are scored."""
+            """Results of the texts for which all pairs are scored."""
             count = len(rows) // len(names)
             by_label = self._stacked(rows[: count * len(names)]).reshape(count, len(names), len(self.labels))
             if multi_label or len(names) == 1:

@@ -1,4 +1,4 @@
-"""Texts -> vectors, as the repository's sentence-transformers files say."""
+"""Texts to vectors, as the repository's sentence-transformers files say."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Options(TypedDict, total=False):
 
 class Embedder(TokenVectors):
     """An embedding model. `prompts`, `default_prompt_name`, `similarity_fn_name` and `max_seq_length` are the
-    repository's own, and may be set; `dimension` is the width of its vectors before `truncate_dim`, which may be given
-    to `from_pretrained`, or set, for all of them. Without a path_or_id that takes the bundled model, and says so on
-    stderr.
+    repository's own, and may be set. `dimension` is the width of its vectors before cutting; `truncate_dim` cuts them,
+    and may be given to `from_pretrained` or set later. Without a path_or_id it is the bundled model.
 
-    `sparse`: whether it has `encode_sparse`. A sparse encoder (SPLADE) has nothing else: `splade` is what its files
-    say, `max_active_dims` how many weights a text keeps (None: all), and `dimension` its vocabulary's size."""
+    `sparse`: whether the model has `encode_sparse`. A sparse encoder (SPLADE) has no other way to encode: `splade` is
+    what its files say, `max_active_dims` how many weights a text keeps (None: all), `dimension` the vocabulary's size.
+    """
 
     opens, default_model = "embedding model", BUNDLED
     usual_prompts = USUAL_PROMPTS
@@ -76,12 +76,8 @@ class Embedder(TokenVectors):
         cuda_graphs: bool = True,
         truncate_dim: int | None = None,
     ) -> P:
-        """As every class's `from_pretrained`. truncate_dim: how many numbers of each vector
-        are given, instead of the repository's."""
-        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        options = {"device": device, "dtype": dtype, "max_seq_length": max_seq_length, "batch_tokens": batch_tokens}
-        options["truncate_dim"] = truncate_dim
-        return cls._open(path_or_id, threads, hub, **options, on_long=on_long, cuda_graphs=cuda_graphs)
+        """As in every class. truncate_dim: how many numbers of each vector are given, instead of what files say."""
+        return cls._open(locals())
 
     def __init__(self, checkpoint: Checkpoint, *, truncate_dim: int | None = None, **options: Any):
         self.check(checkpoint)
@@ -108,11 +104,11 @@ class Embedder(TokenVectors):
         width = self.on_tokens[-1].out_features if self.on_tokens else self.config.hidden_size
         width *= len(self.pooling.modes)
         self.dense = on_vectors(checkpoint.files, sentence.dense, width, self.device)
-        self.dimension = self.dense[-1].out_features if self.dense else width
+        width = self.dense[-1].out_features if self.dense else width
+        self.dimension = self.config.vocab_size if self.splade else width
         self.max_active_dims = self.splade.max_active_dims if self.splade else None
         self.static: dict[str, sparse.StaticWeights] = {}  # of a sparse encoder's queries that need no network
         if self.splade:
-            self.dimension = self.config.vocab_size
             places = {road.folder for road in self.splade.roads if isinstance(road, Static)}
             self.static = {place: sparse.StaticWeights(checkpoint.files, checkpoint.root / place) for place in places}
         stored = None if self.splade else sentence.truncate_dim and min(sentence.truncate_dim, self.dimension)
@@ -120,8 +116,8 @@ class Embedder(TokenVectors):
 
     @property
     def truncate_dim(self) -> int | None:
-        """How many numbers of each vector are given where a call doesn't say; None: all. Setting it raises OptionError
-        for anything else than None and whole numbers from 1 to `dimension`."""
+        """How many numbers of each vector are given, if a call doesn't say. None: all. Raises OptionError if set to
+        anything but None or a whole number from 1 to `dimension`."""
         return self._truncate_dim
 
     @truncate_dim.setter
@@ -132,9 +128,8 @@ class Embedder(TokenVectors):
 
     @property
     def similarity_fn_name(self) -> str:
-        """What `similarity` computes: "cosine", "dot", "euclidean" or "manhattan". May be set to one of them, to the
-        name of sentence-transformers' function ("cos_sim"), or to a member of its enumeration; raises OptionError for
-        others."""
+        """What `similarity` computes: "cosine", "dot", "euclidean" or "manhattan". May also be set to the name of
+        sentence-transformers' function ("cos_sim") or to a member of its enumeration. OptionError for others."""
         return self._similarity_fn_name
 
     @similarity_fn_name.setter
@@ -179,22 +174,24 @@ class Embedder(TokenVectors):
         output_value: str | None = "sentence_embedding",
         show_progress_bar: bool | None = None,
     ) -> np.ndarray | list[np.ndarray] | TextOutput | list[TextOutput]:
-        """Vectors of texts, (N, dimension) in their order; of one string, (dimension,).
+        """Vectors of texts: (N, dimension) in the order of the texts, or (dimension,) for one string.
 
-        sentences: a string, or any iterable of strings, which is read lazily in bounded memory.
-        prompt: put before every text; or prompt_name, one of `prompts`; neither: the repository's default.
-        normalize_embeddings: unit length (some repositories always do). truncate_dim: the first so many numbers, cut
-        before normalising. precision, ranges: see `quantize_embeddings`. show_progress_bar: None shows one on a
-        terminal. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode or whose
-        vector is not finite; lists, arrays and the like are looked through before any work. An error that comes later
-        has the finished rows, float32, as its attribute `finished`.
+        sentences: a string, or any iterable of strings, which is read lazily in bounded memory. prompt: a text that is
+        put before every text. prompt_name: one of `prompts`. If neither is given, the repository's default prompt is
+        used. normalize_embeddings: vectors of unit length (some repositories always give those). truncate_dim: keeps
+        the first numbers of each vector, before normalising. precision, ranges: see `quantize_embeddings`.
+        show_progress_bar: None shows a bar if stderr is a terminal.
 
-        output_value: "token_embeddings" gives for every text an array (tokens, hidden size), fp32: what the encoder
-        gives each of its tokens, before pooling, prompt and special tokens included; see `token_offsets` for where they
-        are. None gives a dict of "input_ids" and "attention_mask", (tokens,), "token_embeddings" and
-        "sentence_embedding". Both are lists in the order of the texts, of one string the one, as in
-        sentence-transformers, where neither normalize_embeddings nor truncate_dim changes tokens' vectors. All of them
-        are held in memory.
+        Raises TypeError for an item that is no string, ValueError for a text that is no valid Unicode or whose vector
+        is not finite. Lists, arrays and the like are checked before any work. A later error has the finished rows,
+        float32, as its attribute `finished`.
+
+        output_value: "token_embeddings" gives an array (tokens, hidden size), fp32, for every text: the encoder's
+        vector of each token, before pooling, with prompt and special tokens. `token_offsets` says where each token
+        stands. None gives a dict for every text: "input_ids" and "attention_mask" (tokens,), "token_embeddings" and
+        "sentence_embedding". Both come as a list in the order of the texts; for one string, as its one item. As in
+        sentence-transformers, normalize_embeddings and truncate_dim don't change the vectors of tokens. All results are
+        held in memory.
         """
         self._check_dense()
         one_of("output_value", output_value, _OUTPUTS)
@@ -228,11 +225,11 @@ class Embedder(TokenVectors):
         return vectors[0] if single else vectors
 
     def encode_query(self, sentences: str | Iterable[str], **options: Unpack[Options]) -> np.ndarray:
-        """`encode` with the prompt named "query"; with none if the repository has none (the default isn't taken)."""
+        """`encode` with the prompt named "query". Without such a prompt, none is used (not the default one either)."""
         return self._encode_as(("query",), sentences, options)
 
     def encode_document(self, sentences: str | Iterable[str], **options: Unpack[Options]) -> np.ndarray:
-        """`encode` with the prompt named "document", "passage" or "corpus"; with none if the repository has none."""
+        """`encode` with the prompt named "document", "passage" or "corpus". Without such a prompt, none is used."""
         return self._encode_as(("document", "passage", "corpus"), sentences, options)
 
     @keyworded
@@ -245,13 +242,13 @@ class Embedder(TokenVectors):
         truncate_dim: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> np.ndarray:
-        """Vectors of texts that are token ids already, (N, dimension) in their order: what a server or a trainer has.
-        `encode(texts)` is `encode_ids(token_ids(texts))`.
+        """Vectors of texts that are token ids already: (N, dimension) in their order. It is for a server or a trainer,
+        which has the ids. `encode(texts)` gives the same as `encode_ids(token_ids(texts))`.
 
         sequences: lists, arrays or tensors of ids, with the special tokens that the model was trained with.
-        prompt_tokens: how many of the first ids of each sequence are a prompt's, for the models whose pooling leaves
-        prompts out. The other options are as in `encode`. Raises TypeError for what is no sequence of whole numbers,
-        ValueError for an empty one, for one over max_seq_length, and for ids outside the vocabulary.
+        prompt_tokens: how many of the first ids of each sequence belong to a prompt, for models whose pooling leaves
+        prompts out. The other options are as in `encode`. Raises TypeError for what is no sequence of whole numbers.
+        Raises ValueError for an empty sequence, for one over max_seq_length, and for ids outside the vocabulary.
         """
         self._check_dense()
         size, most = self.config.vocab_size, self.max_seq_length
@@ -274,7 +271,7 @@ class Embedder(TokenVectors):
         truncate_dim: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> Iterator[np.ndarray]:
-        """As `encode`, but yields blocks of vectors (n, dimension), fp32, in order, as they are ready."""
+        """As `encode`, but yields blocks of vectors (n, dimension), fp32, in order, as soon as they are ready."""
         self._check_dense()
         prompt = self._resolve_prompt(prompt_name, prompt)
         given, _ = listed(sentences, "sentences")
@@ -287,7 +284,7 @@ class Embedder(TokenVectors):
             yield torch.stack(rows).numpy()
 
     def _pooled(self, skip: int, unit: bool, dim: int | None) -> Callable[[PackedBatch], Tensor]:
-        """What makes vectors of a batch. skip: how many tokens of each sequence are not pooled."""
+        """The function that makes vectors of a batch. skip: how many tokens of each sequence are not pooled."""
         alone = skip == 0 and self.pooling.modes in (("cls",), ("lasttoken",))  # then the network computes no other
 
         def compute(batch: PackedBatch) -> Tensor:
@@ -300,8 +297,8 @@ class Embedder(TokenVectors):
         return compute
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> np.ndarray:
-        """(N, D) and (M, D) -> (N, M) by `similarity_fn_name`; distances (euclidean, manhattan) are negated. One vector
-        (D,) counts as (1, D), an empty list as (0, D)."""
+        """(N, D) and (M, D) -> (N, M), by `similarity_fn_name`. Distances (euclidean, manhattan) are negated. One
+        vector (D,) counts as (1, D), an empty list as (0, D)."""
         a, b = _matrix(embeddings1), _matrix(embeddings2)
         if a.shape[1] != b.shape[1]:
             if len(a) and len(b):
@@ -340,8 +337,8 @@ class Embedder(TokenVectors):
 
 
 def _gather(stream: Iterator[np.ndarray], given: Given, width: int) -> np.ndarray:
-    """The blocks in one array that is never copied: made whole where the number of rows is sure, else grown in place.
-    It has the rows that the blocks have, whatever was thought before."""
+    """The blocks in one array, without a copy of the whole. If the number of rows is known, the array is made whole;
+    else it grows in place. The result has as many rows as the blocks have, whatever number was told before."""
     out = np.empty((given.room, width), np.float32)
     filled = 0
     with keeping(lambda: out[:filled], given, streams=True):
@@ -356,7 +353,7 @@ def _gather(stream: Iterator[np.ndarray], given: Given, width: int) -> np.ndarra
 
 
 def _matrix(embeddings: Any) -> Tensor:
-    """(N, D), float32; of one vector (1, D); of nothing (0, 0). Raises ValueError for more than two dimensions."""
+    """(N, D), float32; (1, D) of one vector, (0, 0) of nothing. Raises ValueError for more than two dimensions."""
     array = floats(embeddings, "embeddings")
     if array.ndim not in (1, 2):
         raise ValueError(f"embeddings have shape {array.shape}; it must be (N, dimension), or (dimension,) of one")
@@ -365,6 +362,6 @@ def _matrix(embeddings: Any) -> Tensor:
 
 
 def _forward(model: Any, modes: Sequence[str], batch: PackedBatch, alone: bool) -> Tensor:
-    """Of every token, (T, C), or of those alone that the pooling takes, (B, C)."""
+    """Vectors of all tokens, (T, C). alone: if the pooling takes one token per sequence, only of those, (B, C)."""
     hidden: Tensor = model(batch, pooling.rows(batch, modes) if alone else None)
     return hidden

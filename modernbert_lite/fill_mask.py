@@ -1,4 +1,4 @@
-"""Texts with [MASK] -> the likeliest tokens in its place."""
+"""Texts with [MASK] to the likeliest tokens in its place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .pipeline.inputs import check_text, listed
 from .pipeline.keywords import keyworded
 from .reading import CheckpointError, OptionError, shown, warn, whole_number
 
-_ROWS = 256  # [MASK]s whose logits, a vocabulary wide, are held at a time
+_ROWS = 256  # [MASK]s whose logits are held at a time
 
 
 class Prediction(TypedDict):
@@ -28,7 +28,7 @@ class Prediction(TypedDict):
 
 
 class FillMask(Pipeline):
-    """A masked language model. `mask_token` is what stands for the missing token in a text."""
+    """A masked language model. `mask_token` is the text that stands for the missing token."""
 
     opens, head = "masked language model", "ForMaskedLM"
 
@@ -66,15 +66,15 @@ class FillMask(Pipeline):
         targets: str | Iterable[str] | None = None,
         show_progress_bar: bool | None = None,
     ) -> list[list[Prediction]] | list[list[list[Prediction]]]:
-        """For every text a list of its [MASK]s, each a list of {"token", "token_id", "score"}, likeliest first; of
-        one string, that list alone. "token" is as decoded, with its leading space; "score" its probability.
+        """For every text a list with one item per [MASK]: a list of {"token", "token_id", "score"}, likeliest first.
+        For one string, its list alone. "token" is decoded, with its leading space; "score" is its probability.
 
         targets: only these tokens are scored, with the same probabilities, and the best `top_k` of them are given. As
-        in transformers' pipeline a target is a token as the vocabulary spells it ("Paris", "ĠParis"), else the first
-        token of its text (" Paris"), with a warning if there are more; one that comes twice is given once.
+        in transformers' pipeline, a target is a token as the vocabulary spells it ("Paris", "ĠParis"); else the first
+        token of its text (" Paris"), with a warning if there are more. A target that comes twice is given once.
 
-        Raises ValueError for a text without [MASK] (or whose [MASK] was cut off), naming it; OptionError for targets
-        without any token.
+        Raises ValueError, naming it, for a text without [MASK] (also if it was cut off); OptionError for a target
+        without tokens.
         """
         top_k = whole_number("top_k", top_k, 1, self.config.vocab_size)
         wanted = None if targets is None else self._target_ids(targets)
@@ -96,7 +96,7 @@ class FillMask(Pipeline):
         def compute(batch: PackedBatch) -> list[list[list[Prediction]] | None]:
             network: Any = self.network
             where = batch.input_ids.eq(self.tokenizer.mask_token_id or 0).nonzero().flatten()
-            hidden = self.forward(batch)[where]  # the encoder once, the vocabulary's width in pieces
+            hidden = self.forward(batch)[where]  # the encoder runs once; logits are wide, and come in pieces
             masks = [
                 [
                     {"token": self.tokenizer.decode(i), "token_id": i, "score": p}
@@ -126,7 +126,7 @@ class FillMask(Pipeline):
     __call__ = predict
 
     def _target_ids(self, targets: str | Iterable[str]) -> list[int]:
-        """The targets' tokens, each once."""
+        """The targets' token ids, each once."""
         found: list[int] = []
         several: list[str] = []
         for target in listed(targets, "targets")[0]:

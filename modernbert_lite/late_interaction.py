@@ -1,5 +1,5 @@
-"""Texts -> a vector a token, and scores by the best match of every token of a query: late interaction (ColBERT,
-arXiv 2004.12832), as PyLate's and sentence-transformers' files say."""
+"""Texts to a vector per token; the score of two texts is the best match of each token of the query, added up: late
+interaction (ColBERT, arXiv 2004.12832), as PyLate's and sentence-transformers' files say."""
 
 from __future__ import annotations
 
@@ -28,16 +28,15 @@ from .reading import CheckpointError, OptionError, whole_number
 
 P = TypeVar("P", bound="LateInteraction")
 
-# Of maxsim: the tokens of documents, and the dot products, that are in memory at a time, if one pair needs no more.
+# How many tokens of documents, and how many dot products, maxsim holds at a time (more if a single pair needs more).
 _DOCUMENT_TOKENS, _PRODUCTS = 1 << 13, 1 << 23
 
 
 def maxsim(queries: Sequence[Any] | np.ndarray, documents: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """The scores (Q, D), float32: of every token of a query the largest dot product with a token of the document, added
-    up. queries, documents: lists of (tokens, dimension), as encode_queries and encode_documents give, or one of them.
+    """Scores (Q, D), float32. For every token of a query, the largest dot product with a token of the document; these
+    are added up. queries, documents: lists of (tokens, dimension) as from encode_queries and encode_documents, or one.
 
-    In bounded memory, whatever their number. Raises ValueError, naming it, for one that has no tokens or another
-    dimension.
+    Memory is bounded, whatever their number. Raises ValueError, naming it, for one without tokens or of another width.
     """
     asked, answering = _checked(queries, "query"), _checked(documents, "document")
     widths, others = ({array.shape[1] for array in arrays} for arrays in (asked, answering))
@@ -64,7 +63,8 @@ def _checked(vectors: Any, name: str) -> list[np.ndarray]:
 
 
 def _joined(arrays: list[np.ndarray], most: int) -> Iterator[tuple[slice, np.ndarray, list[int]]]:
-    """Neighbours, `most` rows together or one that has more: which they are, their rows, and where each one starts."""
+    """Yields neighbours that together have up to `most` rows (or a single one that has more): which they are, their
+    rows, and where each one starts."""
     first, starts, rows = 0, [0], 0
     for i, array in enumerate(arrays):
         if rows and rows + len(array) > most:
@@ -77,9 +77,9 @@ def _joined(arrays: list[np.ndarray], most: int) -> Iterator[tuple[slice, np.nda
 
 
 class LateInteraction(Prompted, Pipeline):
-    """A late-interaction model. `query_length` and `max_seq_length`, which is the documents' length here, are the
-    repository's own or given to `from_pretrained`; `prompts` has what "query" and "document" texts begin with;
-    `dimension` is the width of the vectors. Short queries are padded to `padded_length` (0: none are)."""
+    """A late-interaction model. `query_length`, and `max_seq_length`, which is the length of documents here, are the
+    repository's own or given to `from_pretrained`. `prompts` has the beginnings of "query" and "document" texts.
+    `dimension` is the width of the vectors. Short queries are padded to `padded_length` tokens (0: never)."""
 
     usual_prompts = USUAL_PROMPTS
 
@@ -101,11 +101,8 @@ class LateInteraction(Prompted, Pipeline):
         cuda_graphs: bool = True,
         query_length: int | None = None,
     ) -> P:
-        """As every class's `from_pretrained`. query_length: the most tokens of a query, instead of the repository's."""
-        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        options = {"device": device, "dtype": dtype, "max_seq_length": max_seq_length, "batch_tokens": batch_tokens}
-        options["query_length"] = query_length
-        return cls._open(path_or_id, threads, hub, **options, on_long=on_long, cuda_graphs=cuda_graphs)
+        """As in every class. query_length: the most tokens of a query, instead of the repository's."""
+        return cls._open(locals())
 
     opens = "late-interaction model"
 
@@ -141,7 +138,7 @@ class LateInteraction(Prompted, Pipeline):
 
     @property
     def query_length(self) -> int:
-        """The most tokens of a query, special ones included. It may be set; OptionError for what it can't be."""
+        """The most tokens of a query, special tokens included. May be set; OptionError for an impossible value."""
         return self._query_length
 
     @query_length.setter
@@ -167,10 +164,10 @@ class LateInteraction(Prompted, Pipeline):
     def encode_queries(
         self, texts: str | Iterable[str], *, show_progress_bar: bool | None = None
     ) -> np.ndarray | list[np.ndarray]:
-        """A list of float32 arrays (tokens, dimension), one a text in their order; of one string, one array.
+        """A list of float32 arrays (tokens, dimension), one per text in their order; for one string, one array.
 
-        Longer queries are cut to `query_length` tokens. Those that pad a shorter one have vectors, too, and count in
-        `maxsim`. Raises TypeError for an item that is no string, ValueError for text that is no valid Unicode.
+        Longer queries are cut to `query_length` tokens. The tokens that pad a shorter query have vectors, too, and
+        count in `maxsim`. Raises TypeError for an item that is no string, ValueError for one that is no valid Unicode.
         """
         batch_tokens = self.batch_tokens
         if self.padded_length:  # batches are planned before it, and no query is shorter than the prompt alone
@@ -187,14 +184,14 @@ class LateInteraction(Prompted, Pipeline):
     def encode_documents(
         self, texts: str | Iterable[str], *, show_progress_bar: bool | None = None
     ) -> np.ndarray | list[np.ndarray]:
-        """As encode_queries; cut to `max_seq_length` tokens. Tokens of the repository's skip list (mostly punctuation)
-        have no vector."""
+        """As encode_queries, but cut to `max_seq_length` tokens. Tokens of the repository's skip list (mostly
+        punctuation) have no vector."""
         return self._encode("document", texts, show_progress_bar)
 
     @property
     def similarity_fn_name(self) -> str:
-        """What `similarity` computes: "maxsim" or "meanmaxsim". May be set to one of them, or to such a member of
-        sentence-transformers' enumeration; raises OptionError for others."""
+        """What `similarity` computes: "maxsim" or "meanmaxsim". It may also be set to a member of
+        sentence-transformers' enumeration. Raises OptionError for other values."""
         return self._similarity_fn_name
 
     @similarity_fn_name.setter
@@ -205,7 +202,7 @@ class LateInteraction(Prompted, Pipeline):
     maxsim = staticmethod(maxsim)
 
     def similarity(self, queries: Sequence[Any] | np.ndarray, documents: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """`maxsim`, (Q, D), by `similarity_fn_name`: with "meanmaxsim" over the number of the query's tokens."""
+        """`maxsim`, (Q, D). With the similarity_fn_name "meanmaxsim", over the number of the query's tokens."""
         asked = _checked(queries, "query")
         scores = maxsim(asked, documents)
         if self.similarity_fn_name == "meanmaxsim":
@@ -226,8 +223,8 @@ class LateInteraction(Prompted, Pipeline):
         return results[0] if single else results
 
     def _pad(self, batch: PackedBatch) -> PackedBatch:
-        """Short queries padded to `padded_length`; unless `attends` nothing sees the padding. On the left it has the
-        first positions, and stands behind the text all the same: hidden keys are a sequence's last ones."""
+        """Pads short queries to `padded_length`. Unless `attends`, no token sees the padding. Padding on the left has
+        the first positions, but stands at the end of the sequence: hidden keys must be the last ones."""
         lengths = tuple(max(n, self.padded_length) for n in batch.seqlens)
         padded = pack([[self.padding_id] * n for n in lengths], self.device)
         starts = padded.cu_seqlens[:-1].repeat_interleave(batch.cu_seqlens.diff(), output_size=len(batch.input_ids))
@@ -269,8 +266,8 @@ class LateInteraction(Prompted, Pipeline):
 
 
 def _split(x: Tensor, batch: PackedBatch, skip: list[int], in_order: bool) -> Iterator[np.ndarray | None]:
-    """(T, dimension) -> an array of each sequence, by position, without the tokens `skip`; None for one that is not
-    finite. Waits for the device when it is read."""
+    """(T, dimension) -> an array per sequence, by position, without the tokens `skip`. None for a sequence that is not
+    finite. The first one waits for the device."""
     vectors, ids, positions = (tensor.cpu().numpy() for tensor in (x, batch.input_ids, batch.position_ids))
     keep, finite = ~np.isin(ids, skip), np.isfinite(vectors).all()
     for start, end in pairwise(accumulate(batch.seqlens, initial=0)):

@@ -1,6 +1,6 @@
-"""What is read from a checkpoint's folder: JSON of a sane size, paths that stay inside, values of the right type.
+"""What is read from a checkpoint's folder: JSON of bounded size, paths that stay inside, values of the right type.
 
-Needs no torch, so that `modernbert-lite info` and error messages stay quick.
+It needs no torch, so `modernbert-lite info` and error messages come quickly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ ON_LONG = ("truncate", "error")
 PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
 OUTPUT_FORMATS = ("jsonl", "npy", "npz")
 
-# Far above any published checkpoint: a config that claims more is broken or hostile, and would build modules for ever.
+# Far above any published checkpoint. A config that claims more is broken or hostile: building its modules would never
+# end.
 _LIMITS = {
     "num_hidden_layers": 1_000,
     "hidden_size": 1 << 16,
@@ -46,29 +47,29 @@ _LIMITS = {
     "type_vocab_size": 1 << 16,
     "head_dim": 1 << 16,
 }
-# Products of a few such numbers and a position are finite in fp32.
+# Products of a few numbers within these limits, and of a position, are finite in fp32.
 _SMALLEST, _LARGEST = 1e-15, 1e15
 
 
 class OptionError(ValueError):
-    """An option that this model or machine doesn't have: the shell calls it bad usage."""
+    """An option that this model or this machine doesn't have. In the shell it is bad usage."""
 
     def __init__(self, message: str):
         super().__init__(printable(message, MAX_MESSAGE))
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing something, is damaged, or asks for what this package can't do."""
+    """A checkpoint that lacks something, is damaged, or needs what this package doesn't have."""
 
     def __init__(self, message: str):
         super().__init__(printable(message, MAX_MESSAGE))  # names, paths and values in it are a stranger's
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file that a checkpoint may lack is there; every optional file is asked for through this function.
+    """Whether an optional file of a checkpoint is there. Every optional file is looked for by this function.
 
-    False only if nothing has the name. Raises CheckpointError for what has the name and is no regular file: a folder, a
-    pipe, a device, a link to nothing. To pass over such a name would drop what the file says; to open some would hang.
+    False only if nothing has the name. Raises CheckpointError if the name belongs to a folder, a pipe, a device, or a
+    link to nothing. Ignoring such a name would drop what the file should say, and opening some of them would hang.
     """
     try:
         mode = path.stat().st_mode
@@ -86,7 +87,7 @@ def is_there(path: Path) -> bool:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """A regular file's content. Raises CheckpointError if it is missing, is none, or is longer than `limit` bytes."""
+    """A regular file's content. Raises CheckpointError if it is missing, no regular file, or over `limit` bytes."""
     if not is_there(path):
         raise CheckpointError(f"{path} is missing: the checkpoint was not downloaded whole")
     try:
@@ -104,10 +105,10 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def cache_advice(path: Path) -> str:
-    """What to do about a damaged file, if the hub's cache holds it; else nothing. A message ends with it.
+    """What to do about a damaged file of the hub's cache, to end a message with; "" for any other file.
 
-    .. models--ORG--NAME/snapshots/COMMIT/config.json -> ../../blobs/HASH: the client takes a blob that is there for a
-    whole one, whatever it holds.
+    .. models--ORG--NAME/snapshots/COMMIT/config.json -> ../../blobs/HASH: the hub's client takes every blob that is
+    there for a whole one, so the damaged blob must be deleted.
     """
     if cached_repo(path) is None:
         return ""
@@ -117,7 +118,7 @@ def cache_advice(path: Path) -> str:
 
 
 def cached_repo(path: Path) -> str | None:
-    """The hub id of the repository whose snapshot a path lies in, or is; None outside the hub's cache."""
+    """The hub id of the repository whose snapshot the path lies in, or is. None outside the hub's cache."""
     path = path.absolute()
     for folder in (path, *path.parents):
         if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
@@ -126,9 +127,10 @@ def cached_repo(path: Path) -> str | None:
 
 
 def warn(message: str, only_as_error: bool = False) -> None:
-    """A UserWarning that points at what called this package. only_as_error: nothing, unless it raises.
+    """Gives a UserWarning that points at the code that called this package. only_as_error: only if that raises.
 
-    What stderr does with it can't fail the work that it is about."""
+    If the warning can't be written to stderr, the work goes on.
+    """
     message = printable(message, MAX_MESSAGE)
     frame, depth, caller, level = sys._getframe(), 1, sys._getframe(), 1
     while frame.f_back is not None:
@@ -147,7 +149,7 @@ def warn(message: str, only_as_error: bool = False) -> None:
 
 
 def _raises(message: str, frame: FrameType) -> bool:
-    """Whether a UserWarning of this message is an error there, by the filters, of which the first that fits counts."""
+    """Whether the warning filters make an error of this UserWarning there. The first filter that fits decides."""
     module = frame.f_globals.get("__name__") or "<unknown>"
     for action, text, category, place, line in warnings.filters:
         if (
@@ -161,7 +163,7 @@ def _raises(message: str, frame: FrameType) -> bool:
 
 
 def as_whole(value: Any) -> int | None:
-    """A value as an int, if it is one of Python's or numpy's integers, and no bool."""
+    """The value as an int, if it is an integer of Python or numpy and no bool. Else None."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -169,7 +171,7 @@ def as_whole(value: Any) -> int | None:
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
-    """An option's value. Raises OptionError for one that is not allowed."""
+    """An option's value. Raises OptionError for a value that is not allowed."""
     if not isinstance(value, str | None) or value not in allowed:
         raise OptionError(f"{name} is {shown(value)}; it must be one of {', '.join(map(str, allowed))}")
     return value
@@ -185,8 +187,8 @@ def whole_number(name: str, value: Any, least: int = 1, most: int | None = None)
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """The JSON object (in modules.json: the list) in a file. Raises CheckpointError if it is missing, is no regular
-    file, is longer than `limit` bytes, is malformed or holds something else."""
+    """The JSON object in a file (in modules.json: the list). Raises CheckpointError if the file is missing, is no
+    regular file, is longer than `limit` bytes, is malformed, or holds something else."""
     wanted = list if path.name == "modules.json" else dict
     content = read_bytes(path, limit)
     try:
@@ -199,18 +201,19 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
 
 
 def optional_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file that a checkpoint may lack: empty without the file. Raises as `read_json`."""
+    """The JSON object in an optional file; empty if there is no such file. Raises as `read_json` does."""
     value: dict[str, Any] = read_json(path, limit) if is_there(path) else {}
     return value
 
 
 def inside(folder: Path, relative: object, source: str) -> Path:
-    """`folder / relative` for a path that a checkpoint's file names; refused if it could leave the folder.
+    """`folder / relative`, for a path that a checkpoint's file names. Raises CheckpointError if it could leave the
+    folder.
 
-    The path may be a file that is a link to anywhere, as model.safetensors may: a hub cache's blobs, or weights that
-    the user keeps elsewhere. A folder that is named, or that is on the way, lies in the model's folder once links are
-    followed; in a hub cache (models--ORG--NAME/snapshots/COMMIT), in that model's. `source` names the file that holds
-    the path, for the error message.
+    The file itself may be a link to anywhere, as model.safetensors may be: to a hub cache's blobs, or to weights that
+    the user keeps elsewhere. Its folder, and each folder on the way, must lie in the model's folder after links are
+    followed. (In a hub cache, models--ORG--NAME/snapshots/COMMIT, it must lie in that model's folder.) source: the file
+    that holds the path, for the message.
     """
     text = relative if isinstance(relative, str) else "\0"
     pure = PurePosixPath(text)
@@ -235,7 +238,7 @@ def inside(folder: Path, relative: object, source: str) -> Path:
 
 
 def shown(value: object, limit: int = 200) -> str:
-    """A value for a message: its repr (a path's or an error's text), shortened, on one line, printable anywhere."""
+    """A value for a message: its repr (for a path or an error, its text), shortened, on one line, printable."""
     try:
         text = str(value) if isinstance(value, (BaseException, PurePath)) else repr(value)
     except RecursionError:
@@ -244,7 +247,7 @@ def shown(value: object, limit: int = 200) -> str:
 
 
 def printable(text: str, limit: int) -> str:
-    """At most `limit` characters, the middle left out if need be; others than printable ones as Python escapes them."""
+    """At most `limit` characters: the middle is left out if need be. Unprintable characters are escaped."""
     if len(text) > limit:
         text = text[: limit - limit // 5] + "…" + text[-(limit // 5) + 1 :]
     shorter = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -252,7 +255,7 @@ def printable(text: str, limit: int) -> str:
 
 
 def check_unicode(text: str, name: str) -> None:
-    """Raises ValueError for a text with half of a surrogate pair, which has no UTF-8."""
+    """Raises ValueError for a text with half of a surrogate pair: it can't be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -263,12 +266,12 @@ def check_unicode(text: str, name: str) -> None:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value of a JSON file is a number (a bool is none)."""
+    """Whether a value of a JSON file is a number. A bool is no number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Reader:
-    """Typed access to a raw config; a key that is absent or null takes the default."""
+    """Typed access to a raw config. A key that is absent or null has the default."""
 
     def __init__(self, raw: Mapping[str, Any]):
         self.raw = dict(raw)
@@ -284,7 +287,7 @@ class Reader:
         return value
 
     def token_id(self, key: str) -> int | None:
-        """Below 0, as some files have it, means that there is none."""
+        """A number below 0, which some files have, means that there is none."""
         value = self.raw.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise self._fail(key, value, "a whole number, or null")
@@ -297,7 +300,7 @@ class Reader:
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of `count` positive numbers, which has no default."""
+        """A list of `count` positive numbers. It has no default."""
         values = self.raw.get(key)
         if not isinstance(values, list) or len(values) != count:
             raise self._fail(key, values, f"a list of {count} positive numbers")
@@ -306,14 +309,14 @@ class Reader:
         return tuple(float(value) for value in values)
 
     def real(self, key: str, default: float) -> float:
-        """A finite number of either sign, or 0."""
+        """A finite number, also negative or 0."""
         value = default if self.raw.get(key) is None else self.raw[key]
         if not is_number(value) or not -_LARGEST <= value <= _LARGEST:
             raise self._fail(key, value, f"a number ({-_LARGEST:g} to {_LARGEST:g})")
         return float(value)
 
     def flag(self, key: str, default: bool, strings: bool = False) -> bool:
-        """strings: "true" and "false", too (snowflake-arctic-embed-m-v2.0 has them)."""
+        """strings: also "true" and "false", which snowflake-arctic-embed-m-v2.0 has."""
         value = default if self.raw.get(key) is None else self.raw[key]
         if strings and value in ("true", "false"):
             value = value == "true"

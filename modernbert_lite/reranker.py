@@ -1,4 +1,4 @@
-"""Pairs of texts -> scores: a cross-encoder."""
+"""Pairs of texts to scores: a cross-encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .pipeline.inputs import Pair, brief, check_pair, check_text_or_pair, listed
 from .pipeline.keywords import keyworded
 from .pipeline.prompts import Prompted
 from .pipeline.tokenizer import Text
-from .reading import OptionError, whole_number
+from .reading import OptionError, shown, whole_number
 
 
 class _Ranked(TypedDict):
@@ -36,8 +36,8 @@ class Ranked(_Ranked, total=False):
 
 
 class Reranker(Prompted, Pipeline):
-    """A sequence classifier that reads two texts at once. `labels` are the names of its outputs, mostly one. `prompts`
-    and `default_prompt_name`, of texts that are put before the first one of a pair, are the repository's own."""
+    """A sequence classifier that reads two texts at once. `labels` are the names of its outputs; mostly there is one.
+    `prompts` and `default_prompt_name` are the repository's own: a prompt is put before the first text of a pair."""
 
     opens, head = "reranker", "ForSequenceClassification"
 
@@ -46,7 +46,7 @@ class Reranker(Prompted, Pipeline):
         sentence = checkpoint.sentence
         network = encoder_class(checkpoint.config) if sentence.scores else self.head_of(checkpoint)
         super().__init__(checkpoint, network, **options)
-        # What an encoder's files say of prompts and activation isn't about scores: CrossEncoder passes over it, too.
+        # Prompts and activation in an encoder's files are not meant for scores. CrossEncoder ignores them, too.
         told = sentence if sentence.model_type in (None, "CrossEncoder") else SentenceConfig()
         self.prompts = told.prompts or {}
         default = told.default_prompt_name
@@ -75,16 +75,18 @@ class Reranker(Prompted, Pipeline):
         apply_softmax: bool = False,
         show_progress_bar: bool | None = None,
     ) -> np.ndarray:
-        """Scores of pairs, (N,) for one label, else (N, labels); fp32. One pair of strings gives one row.
+        """Scores of pairs, fp32: (N,) for one label, else (N, labels). One pair of strings gives one row.
 
-        A model of several labels also scores single texts, as CrossEncoder does: a string gives one row, and a string
-        among the items is a text. But ["a", "b"], two strings, is one pair: of two texts use Classifier.
-        prompt: put before the first text of every pair (a query, mostly); or prompt_name, one of `prompts`; neither:
-        the repository's default.
-        activation_fn: on the logits; a function or a name ("identity", "sigmoid"); None: what the checkpoint names,
-        else the sigmoid for one label and nothing for more. apply_softmax: over the labels, if there are several.
-        Raises TypeError or ValueError for an item that is not two strings, or whose logits are not finite, OptionError
-        for an unknown prompt_name.
+        A model with several labels also scores single texts, as CrossEncoder does. A string gives one row, and a string
+        among the items is a text. But ["a", "b"], two strings, is one pair: for two texts use Classifier.
+
+        prompt: a text that is put before the first text of every pair (mostly a query). prompt_name: one of `prompts`.
+        If neither is given, the repository's default prompt is used. activation_fn: applied to the logits; a function,
+        or a name ("identity", "sigmoid"). By default what the checkpoint names; else the sigmoid for one label, and
+        nothing for several. apply_softmax: over the labels, if there are several.
+
+        Raises TypeError or ValueError for an item that is not two strings, ValueError for logits that are not finite,
+        OptionError for an unknown prompt_name.
         """
         prompt = self._resolve_prompt(prompt_name, prompt)
         unpooled = prompt and self.pooling is not None and not self.pooling.include_prompt
@@ -100,6 +102,8 @@ class Reranker(Prompted, Pipeline):
         given, _ = listed(items, "pairs", check, "two strings, or an iterable of such pairs", dimensions=2)
         named = self.activation_fn if activation_fn is None else activation_fn
         activate = score_activation(named, OptionError) if isinstance(named, str) else named
+        if not callable(activate):
+            raise OptionError(f"activation_fn is {shown(activate)}; it must be a function, or the name of one")
 
         def compute(batch: PackedBatch) -> Iterator[Tensor | None]:
             logits = self._scores(self.forward(batch).float(), batch, skip)
@@ -129,10 +133,10 @@ class Reranker(Prompted, Pipeline):
         prompt: str | None = None,
         show_progress_bar: bool | None = None,
     ) -> list[Ranked]:
-        """[{"corpus_id", "score", "text"}], best first; "text" with return_documents. Equal scores keep their order.
-        prompt_name, prompt: as in `predict`, before the query.
+        """[{"corpus_id", "score", "text"}], best first; "text" only with return_documents. Equal scores keep their
+        order. prompt_name, prompt: as in `predict`, for the query.
 
-        Raises ValueError for a model of several labels, which has no one score to rank by.
+        Raises ValueError for a model with several labels: it has no single score to rank by.
         """
         if len(self.labels) != 1:
             raise OptionError(
@@ -150,7 +154,7 @@ class Reranker(Prompted, Pipeline):
         return ranked(scores, documents, top_k, return_documents)
 
     def _scores(self, x: Tensor, batch: PackedBatch, skip: int) -> Tensor:
-        """What the network gives -> (B, labels) before the activation. `skip`: tokens that are not pooled."""
+        """The network's output -> (B, labels), before the activation. skip: how many tokens are not pooled."""
         if self.pooling is None:
             return x
         x = finish(x, self.on_tokens, False, None)
@@ -158,7 +162,7 @@ class Reranker(Prompted, Pipeline):
 
 
 def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_documents: bool) -> list[Ranked]:
-    """Scores (N,) and their documents -> the best `top_k`, best first."""
+    """Scores (N,) and their documents -> the `top_k` best, best first."""
     order = np.argsort(-scores, kind="stable")[:top_k]
     results: list[Ranked] = [{"corpus_id": int(i), "score": float(scores[i])} for i in order]
     if return_documents:
@@ -168,7 +172,7 @@ def ranked(scores: np.ndarray, documents: list[str], top_k: int | None, return_d
 
 
 def _check_pair(pair: object, i: int) -> Pair:
-    """As check_pair; the error of a single text says which class takes it."""
+    """As check_pair, but the error for a single text names the class that takes it."""
     if isinstance(pair, str):
         raise TypeError(f"pair {i} is {brief(pair)}; each must be two strings. Classifier takes single texts")
     return check_pair(pair, i)

@@ -1,4 +1,4 @@
-"""Texts -> labelled words and spans: named entities, parts of speech and other labels of tokens."""
+"""Texts to labelled words and spans: named entities, parts of speech, and other labels of tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STRATEGIES = ("none", "simple", "first", "average", "max")
 
 
 class Entity(TypedDict, total=False):
-    """What was found: a token (entity, index), or neighbours of one label (entity_group)."""
+    """What was found: a token ("entity", "index"), or neighbours with one label ("entity_group")."""
 
     entity: str
     entity_group: str
@@ -32,7 +32,7 @@ class Entity(TypedDict, total=False):
 
 
 class _Piece(NamedTuple):
-    """A token, or a whole word of them: its label, and where it is."""
+    """A token, or all tokens of a word: the label, and where it is."""
 
     place: int
     word: str
@@ -43,7 +43,7 @@ class _Piece(NamedTuple):
 
 
 class TokenClassifier(Pipeline):
-    """A classifier of every token of a text. `labels` are the names of its classes, by their ids."""
+    """A classifier of every token of a text. `labels` are the names of its classes, in the order of their ids."""
 
     opens, head = "token classifier", "ForTokenClassification"
 
@@ -79,21 +79,23 @@ class TokenClassifier(Pipeline):
         ignore_labels: Iterable[str] = ("O",),
         show_progress_bar: bool | None = None,
     ) -> list[Entity] | list[list[Entity]]:
-        """For every text a list of what was found, in the text's order; of one string, that list alone.
+        """For every text a list of what was found, in the text's order; for one string, that list alone.
 
-        aggregation_strategy "none": a {"entity", "score", "index", "word", "start", "end"} for each token: its label,
-        the label's probability, the token's place among the text's tokens (special ones are counted, and left out), the
-        token as the vocabulary spells it, and the characters [start, end) of the text. The others: an {"entity_group",
-        "score", "word", "start", "end"} for neighbours of one label; "B-" starts a new one, and "B-" and "I-" are left
-        out of the label's name; the score is the mean. "simple" takes tokens as they are; "first", "average" and "max"
-        first give the tokens of a word one label: its first token's, the one of their mean probabilities, its surest
-        token's. ignore_labels: what is left out, an entity or an entity_group by its name.
+        aggregation_strategy "none" gives a {"entity", "score", "index", "word", "start", "end"} for each token: its
+        label, the label's probability, the token's place among the text's tokens (special tokens count, but are left
+        out), the token as the vocabulary spells it, and its characters [start, end) in the text.
+
+        The other strategies give an {"entity_group", "score", "word", "start", "end"} for neighbours with one label.
+        The score is their mean. "B-" starts a new group; "B-" and "I-" are left out of the label's name. "simple" takes
+        tokens as they are. "first", "average" and "max" first give all tokens of a word one label: that of its first
+        token, of the mean of their probabilities, of its surest token. ignore_labels: entities or entity_groups to
+        leave out, by name.
 
         The numbers, words and places are those of transformers' pipeline("token-classification"), whose own default is
-        "none". As there a token goes on with a word if it is no longer as it stands in the text ("##ing"), and in
-        vocabularies without such a mark if no space is before or at its first character. Texts over max_seq_length are
-        cut (on_long): what lies beyond has no entities. Raises OptionError for another strategy, TypeError for an item
-        that is no string.
+        "none". As there, a token continues a word if its spelling differs from the text ("##ing"); in vocabularies
+        without such a mark, if no space is before it or at its start. Texts over max_seq_length are cut (see on_long):
+        what lies beyond has no entities. Raises OptionError for another strategy, TypeError for an item that is no
+        string.
         """
         one_of("aggregation_strategy", aggregation_strategy, STRATEGIES)
         ignored = {ignore_labels} if isinstance(ignore_labels, str) else set(ignore_labels)
@@ -125,7 +127,7 @@ class TokenClassifier(Pipeline):
     def _entities(
         self, text: str, tokens: list[tuple[int, Span | None]], scores: np.ndarray, strategy: str
     ) -> list[Entity]:
-        """tokens: of the text, special ones with None; scores: (tokens, labels), fp32."""
+        """tokens: the text's tokens, with None for special ones. scores: (tokens, labels), fp32."""
         words: list[list[tuple[int, str, int, int]]] = []
         by_word = strategy not in ("none", "simple")
         for index, (token_id, span) in enumerate(tokens):
@@ -148,7 +150,7 @@ class TokenClassifier(Pipeline):
         ]
 
     def _word(self, text: str, token_id: int, start: int, end: int) -> tuple[str, bool]:
-        """The token as the pipeline calls it, and whether it goes on with the word before it."""
+        """The token's text as in transformers' pipeline, and whether it continues the word before it."""
         word = self.tokenizer.token(token_id)
         if token_id == self.tokenizer.unk_token_id:
             return text[start:end], False
@@ -177,7 +179,7 @@ def _place(first: _Piece, last: _Piece, word: str, index: int | None = None) -> 
 
 
 def _groups(pieces: list[_Piece]) -> list[list[_Piece]]:
-    """Neighbours of one label; "B-" starts a new group."""
+    """Groups neighbours with one label; "B-" starts a new group."""
     groups: list[list[_Piece]] = []
     for piece in pieces:
         goes_on = not piece.entity.startswith("B-") and groups and _tag(groups[-1][-1]) == _tag(piece)

@@ -325,7 +325,7 @@ def test_readme_is_a_landing_page():
 def test_the_four_claims_are_measured():
     entries = json.loads((ROOT / "tests" / "data" / "checkpoints.json").read_text(encoding="utf-8"))["checkpoints"]
     assert "within 2e-5 of" in README
-    assert "<= 2e-5" in (ROOT / "tests" / "test_checkpoints.py").read_text(encoding="utf-8")
+    assert "<= 2e-5" in (ROOT / "tests" / "checkpoint" / "test_matrix.py").read_text(encoding="utf-8")
     assert f"[{len(entries)} checkpoints]" in README
     with (ROOT / "bench" / "results" / "encode_cpu.csv").open(newline="") as file:
         ratios = [float(row["ratio"]) for row in csv.DictReader(file) if row["provider"] == "modernbert-lite"]

@@ -1,1 +1,1 @@
-"""A name -> a network, and what its files say."""
+"""From a model's name to its network, and what its files say."""

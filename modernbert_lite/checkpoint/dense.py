@@ -34,10 +34,10 @@ _ACTIVATION_PLACES = ("torch.nn", "torch.nn.modules", "torch.nn.modules.activati
 
 
 def score_activation(name: object, error: type[ValueError] = CheckpointError) -> Callable[[Tensor], Tensor]:
-    """An activation that a file names as a class of torch ("torch.nn.modules.activation.Sigmoid"), or, with another
-    error than CheckpointError, that a user names, also by the last part in any case ("sigmoid").
+    """The activation with this name. A file names a class of torch ("torch.nn.modules.activation.Sigmoid"). A user may
+    also give only the last part, in upper or lower case ("sigmoid"). Raises `error` for an unknown name.
 
-    A file's name without "torch." in front means no class: sentence-transformers warns and takes its default.
+    A name in a file that doesn't begin with "torch." is no class: sentence-transformers warns, and takes its default.
     """
     text = "Identity" if name is None else name if isinstance(name, str) else ""
     place, _, last = text.rpartition(".")
@@ -55,7 +55,7 @@ def score_activation(name: object, error: type[ValueError] = CheckpointError) ->
 
 
 class Dense:
-    """A linear layer on sentence vectors, or on tokens': (B, in) -> (B, out), fp32."""
+    """A linear layer on vectors of sentences or of tokens: (B, in) -> (B, out), fp32."""
 
     def __init__(self, files: Folder, folder: Path, device: torch.device):
         config = files.json(folder / "config.json")
@@ -85,7 +85,7 @@ class Dense:
 
 
 class Norm:
-    """A LayerNorm of sentence vectors: (B, C) -> (B, C), fp32. A module of cross-encoders such as ettin-reranker."""
+    """A LayerNorm on vectors of sentences: (B, C) -> (B, C), fp32. Cross-encoders such as ettin-reranker have it."""
 
     def __init__(self, files: Folder, folder: Path, device: torch.device):
         self.in_features = self.out_features = width = Reader(files.json(folder / "config.json")).whole("dimension", 1)
@@ -96,7 +96,7 @@ class Norm:
 
 
 class Unit:
-    """A Normalize before other modules: (B, C) -> (B, C), rows of unit length."""
+    """A Normalize module that stands before other modules: (B, C) -> (B, C), rows of unit length."""
 
     def __init__(self, width: int):
         self.in_features = self.out_features = width
@@ -108,7 +108,7 @@ class Unit:
 def on_vectors(
     files: Folder, modules: Iterable[tuple[str, str]], width: int, device: torch.device
 ) -> list[Dense | Norm | Unit]:
-    """The modules that change vectors of `width`. Raises CheckpointError for one that gets another width."""
+    """The modules that change vectors of `width` numbers. Raises CheckpointError for one that takes another width."""
     made: list[Dense | Norm | Unit] = []
     for kind, path in modules:
         if kind == "Normalize":
@@ -122,7 +122,7 @@ def on_vectors(
 
 
 def finish(x: Tensor, dense: Sequence[Dense | Norm | Unit], unit: bool, truncate_dim: int | None) -> Tensor:
-    """Pooled (B, C) -> what the user gets: Dense layers, then cut to truncate_dim, then normalise."""
+    """Pooled vectors (B, C) -> what the user gets: Dense layers, then cutting to truncate_dim, then normalising."""
     for layer in dense:
         x = layer(x)
     x = x[:, :truncate_dim]

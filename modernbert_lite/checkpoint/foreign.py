@@ -1,5 +1,5 @@
-"""What a folder holds instead of a network's safetensors: adapters, pickles, other formats. None of them is read; the
-errors name what is there, and say how to make safetensors of it."""
+"""What a folder may hold instead of a network's safetensors: adapters, pickles, other formats. None of these files is
+read. The errors name what is there, and say how to make safetensors from it."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def adapter_files(root: Path, network: Path) -> list[Path]:
 
 
 def no_adapter(path: Path, network: Path, *, whole: bool) -> CheckpointError:
-    """The error that `path` is of an adapter: it names the base, and the command that merges the two. whole: the folder
-    `network` holds the base too."""
+    """The error for an adapter at `path`. It names the base model, and the command that merges the two. whole: the
+    folder `network` holds the base model, too."""
     folder = path.parent
     settings = optional_json(folder / ADAPTER[0])
     base, class_name = settings.get("base_model_name_or_path"), settings.get("auto_mapping")
-    # The class that the adapter was trained in: its tensors' names are of that class.
+    # The adapter must be merged in the class that it was trained in: its tensors have the names of that class.
     class_name = class_name.get("base_model_class") if isinstance(class_name, dict) else None
     if not (isinstance(class_name, str) and class_name.isidentifier()):
         class_name = _CLASSES.get(str(settings.get("task_type")), "AutoModel")
@@ -58,8 +58,8 @@ def no_adapter(path: Path, network: Path, *, whole: bool) -> CheckpointError:
 
 
 def no_weights(where: str, files: Iterable[Path]) -> CheckpointError:
-    """The error that a folder or repository has no model.safetensors. It names those of its files that may be weights;
-    files: relative to it."""
+    """The error for a folder or repository without model.safetensors. It names the files that may be weights. files:
+    paths relative to the folder."""
     found = sorted((f for f in files if f.suffix in _PICKLES + _OTHERS), key=lambda f: (len(f.parts), f.as_posix()))
     more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
     told = f"it has only {', '.join(printable(f.as_posix(), 80) for f in found[:_LISTED])}{more}" if found else ""
@@ -80,5 +80,5 @@ def no_weights(where: str, files: Iterable[Path]) -> CheckpointError:
 
 
 def _plain(name: object, otherwise: str) -> str:
-    """A name as it may stand in a command that its reader will run."""
+    """A name in a form that is safe in a command that the reader will run."""
     return name if isinstance(name, str) and re.fullmatch(r"[\w./@+ -]+", name) else otherwise

@@ -1,4 +1,4 @@
-"""A model's name -> a folder on this machine: a folder, the bundled model, or a snapshot in the hub's cache."""
+"""From a model's name to a folder on this machine: that folder, the bundled model, or a snapshot in the hub's cache."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..reading import CheckpointError, inside, is_there, shown, warn
-from .folder import INDEX, Folder
+from .folder import INDEX, ROUTERS, Folder, module_kind
 from .foreign import no_weights
-from .modules import ROUTERS, module_kind
 
 BUNDLED = "tiny"
-# Without some of these a model still opens, and may give other numbers: a cache that doesn't know whether the
-# repository has them is not complete. The first two lie at the top, the others beside the network's config.json.
+# A model opens without some of these files, but may then give other numbers. So a cache is not complete until it is
+# known whether the repository has them. The first two lie at the top, the others beside the network's config.json.
 _TOP = ("modules.json", "config_sentence_transformers.json")
 _BESIDE = (
     "tokenizer.json",
@@ -47,7 +46,10 @@ def find_checkpoint(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Folder:
-    """The folder of a checkpoint: itself, the bundled one, or a snapshot in the hub's cache, downloaded if need be."""
+    """The folder of a checkpoint: the named folder, the bundled model's, or a snapshot in the hub's cache. The snapshot
+    is downloaded if need be."""
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise TypeError(f"the model is {shown(path_or_id, 60)}; it must be a folder, a hub id, or {BUNDLED!r}")
     name = os.fspath(path_or_id)
     if not name:
         raise CheckpointError(f"the model's name is empty; give a checkpoint's folder, a hub id, or {BUNDLED!r}")
@@ -66,7 +68,7 @@ def find_checkpoint(
 
 
 def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_files_only: bool) -> Folder:
-    """Cache first: no request at all when the snapshot is complete."""
+    """Looks in the cache first. If the snapshot is complete, no request is made."""
     import huggingface_hub as hub
     from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
@@ -101,7 +103,7 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
             f"set). A model can be fetched elsewhere, and its folder given instead{damage}"
         )
     try:
-        # Fails at once where the hub can't be reached; snapshot_download alone would quietly settle for the cache.
+        # This fails at once if the hub can't be reached. snapshot_download alone would use the cache, and say nothing.
         there = hub.HfApi(token=token).model_info(repo, revision=revision, timeout=10).siblings or []
         folder = Folder(Path(hub.snapshot_download(**wanted, token=token)))
         for name in _names(folder):  # leaves a note in the cache of each file that the repository doesn't have
@@ -130,7 +132,7 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None, local_f
 
 
 def _is_complete(folder: Folder, repo: str) -> bool:
-    """Whether a snapshot has its weights, and has or is known not to have every other file."""
+    """Whether a snapshot has its weights, and each other file is there or known to be missing from the repository."""
     import huggingface_hub as hub
 
     try:

@@ -1,10 +1,11 @@
-"""Which tensor of a checkpoint's files is which of the network: prefixes, older and newer names, split matrices."""
+"""Which tensor of a checkpoint's files belongs to which name of the network: prefixes, other names, split matrices."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,16 +17,16 @@ Shape = tuple[int, ...]
 Source = tuple[Path, str]  # a file and the key in it
 
 
-# What is no weight: transformers makes these from the config, whatever a file says of them (older versions, and code of
-# repositories, saved them), and a loss isn't needed.
+# Tensors that are no weights. transformers makes them from the config, whatever a file says (older versions and code of
+# repositories saved them). A loss isn't needed either.
 _DERIVED = re.compile(
     r"(^|\.)(rotary_emb\.\w*(inv_freq|cos_cached|sin_cached)|position_ids|embeddings\.token_type_ids|loss_fct\.\w+)$"
 )
-# Of an adapter that was saved with its base, not merged into it.
+# Names of an adapter that was saved with its base model, and not merged into it.
 _ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\.")
-# Of matrices that another library has quantized.
+# Names of matrices that another library has quantized.
 _QUANTIZED = re.compile(r"\.(weight_scale(_inv)?|weight_packed|SCB|absmax|quant_map|qweight|qzeros|g_idx)\b")
-# A part of a prefix -> who leaves it there.
+# A part of a prefix -> the program that puts it there.
 _WRAPPERS = {
     "_orig_mod": "torch.compile",
     "module": "DataParallel or DistributedDataParallel",
@@ -40,12 +41,13 @@ _WRAPPERS = {
 def match(
     files: Mapping[Path, Mapping[str, Shape]], expected: Mapping[str, Shape], network: nn.Module
 ) -> tuple[dict[str, list[Source]], list[str]]:
-    """Each name of the network -> where it is stored, mostly in one piece, else in those that belong one above the
-    other; and what is wrong. files: the shapes in each. expected: the network's.
+    """For each name of the network: where its tensor is stored. Most tensors are stored in one piece, some in several
+    that belong one above the other. Also returns a list of what is wrong. files: the shapes in each file. expected: the
+    network's shapes.
 
-    An encoder opens a head's file, too, and leaves the head out. A head leaves out a pooler that it has no use for.
-    Tensors that are derived from the config are left out. A prefix that a class around the network has left before all
-    of its names is taken off.
+    An encoder also opens the file of a network with a head, and leaves the head out. A head leaves out a pooler that it
+    doesn't use. Tensors that are derived from the config are left out. If a class around the network has put one prefix
+    before all its names, the prefix is removed.
     """
     encoder = getattr(network, "model", network)
     names = family_of(network).names
@@ -53,11 +55,15 @@ def match(
     found: dict[str, dict[tuple[int, int], Source]] = {}
     first_with: dict[str, str] = {}  # a prefix of the encoder's keys -> the first one that has it
     problems = []
+    config: Any = network.config
+    table, tied = names.table if encoder is network else f"model.{names.table}", []
     for path, key, shape in ((path, key, shape) for path, keys in files.items() for key, shape in keys.items()):
         if _DERIVED.search(key):
             continue
         prefix, name, piece, pieces = _place(key.removeprefix(wrapper), names)
         part = name.partition(".")[0]
+        if name == names.decoder:
+            tied = [(path, key)] if shape == expected[table] else []
         if part in names.parts:
             first_with.setdefault(prefix, key)
             name = name if encoder is network else f"model.{name}"
@@ -74,6 +80,8 @@ def match(
         elif shape != wanted:
             problems.append(f"{_short(key)} has the shape {shown(shape, 60)}, the config asks for {wanted}")
         stored.setdefault((piece, pieces), (path, key))
+    if table not in found and tied and config.tie_word_embeddings:  # one tensor, stored under one of its two names
+        found[table] = {(0, 1): tied[0]}
     if not found:
         keys = [key for keys in files.values() for key in keys]
         allowed = ", ".join(repr(prefix) for prefix in names.prefixes)
@@ -95,7 +103,7 @@ def match(
 
 
 def advice(files: Mapping[Path, Mapping[str, Shape]], network: nn.Module) -> str:
-    """What to do about names that `match` can't place, if they tell who has written them; else nothing."""
+    """What to do about names that `match` can't place, if the names tell which program wrote them. Else ""."""
     names, keys = family_of(network).names, [key for keys in files.values() for key in keys]
     adapter = [key for key in keys if _ADAPTER.search(key)]
     if adapter:
@@ -128,13 +136,13 @@ def advice(files: Mapping[Path, Mapping[str, Shape]], network: nn.Module) -> str
 
 
 def _before(keys: Iterable[str], table: str) -> list[str]:
-    """What stands before each table of words in a file."""
+    """The prefix of each table of words in a file."""
     return [key.removesuffix(table) for key in keys if f".{key}".endswith(f".{table}")]
 
 
 def _wrapper(keys: list[str], names: Names) -> str:
-    """What a class around the network has put before the names of all its tensors: "module." of DataParallel. Empty if
-    there is nothing, or more than one reading; transformers then gives the network random weights."""
+    """The prefix that a class around the network has put before all its names: "module." of DataParallel. "" if there
+    is none, or if several readings are possible. (transformers then gives the network random weights.)"""
     before = _before(keys, names.table)
     if len(before) != 1 or before[0] in names.prefixes:
         return ""
@@ -150,7 +158,8 @@ def _short(key: str) -> str:
 
 
 def _place(key: str, names: Names) -> tuple[str, str, int, int]:
-    """A key -> its prefix, the name without it, which piece of that tensor it is, of how many.
+    """A key -> its prefix, the tensor's name without the prefix, which piece of that tensor it is, and of how many
+    pieces.
 
     "new.encoder.layer.3.attention.k_proj.bias" -> ("new.", "encoder.layer.3.attention.qkv_proj.bias", 1, 3)
     """

@@ -1,4 +1,4 @@
-"""A model's name -> its network: on which device, in which dtype."""
+"""From a model's name to its network, on a device and in a dtype."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ class Checkpoint:
 
     @classmethod
     def find(cls, name: Any, **hub: Any) -> Checkpoint:
-        """hub: revision, token, local_files_only. Raises CheckpointError for a checkpoint that is missing, damaged or
+        """hub: revision, token, local_files_only. CheckpointError for a checkpoint that is missing, damaged or
         unsupported."""
         return cls(find_checkpoint(name, **hub))
 
     @property
     def max_length(self) -> int:
-        """The most tokens of a text, as the files say."""
+        """The most tokens of a text, by the checkpoint's files."""
         return length_limit(self.files, self.folder, self.sentence, self.config.max_position_embeddings)
 
     def load(
         self, network: type[nn.Module], device: str | torch.device | None, dtype: str | torch.dtype | None
     ) -> nn.Module:
-        """The network with the checkpoint's weights, as `load_model` gives it."""
+        """The network with the checkpoint's weights, as from `load_model`."""
         return _load(self.files, self.config, network, device, dtype)
 
     @property
     def use(self) -> str:
-        """The class that opens it for its user: "Embedder", "FillMask", "LateInteraction", "TokenClassifier",
-        "Reranker", "load_model"; for a sequence classifier "Reranker or Classifier", the likelier one first: Reranker
-        for one label, and where sentence-transformers' CrossEncoder wrote the files."""
+        """The class that opens the checkpoint: "Embedder", "FillMask", "LateInteraction", "TokenClassifier", "Reranker"
+        or "load_model". For a sequence classifier two classes, the likelier one first: "Reranker or Classifier" if it
+        has one label, or if sentence-transformers' CrossEncoder wrote the files; else "Classifier or Reranker"."""
         if self.sentence.late is not None:
             return "LateInteraction"
         if self.sentence.scores:
@@ -67,8 +67,8 @@ class Checkpoint:
         return "Reranker or Classifier" if scores else "Classifier or Reranker"
 
     def architecture(self, end: str) -> str:
-        """The network's class. Where config.json names none, the one with this end, which what opens it needs, if the
-        file has the tensors of such a head, else the encoder."""
+        """The name of the network's class. If config.json names none: the class with this end, if the file has the
+        tensors of such a head; else the encoder."""
         name = self.config.architecture
         if self.config.names_architecture:
             return name
@@ -78,11 +78,11 @@ class Checkpoint:
 
     @property
     def sparse(self) -> bool:
-        """Whether the encoder's tokens have sparse weights: by the config, and by the file, which may lack them."""
+        """Whether there is a sparse weight per token: the config must say so, and the file must have the tensors."""
         return self.config.sparse and self.files.stores("classifier.weight")
 
     def refuse(self, wanted: str) -> CheckpointError:
-        """The error that it is no `wanted`."""
+        """The error that the checkpoint is no `wanted`. It names the class to use."""
         return CheckpointError(f"{self.root} holds a {self.config.architecture}, no {wanted}: use {self.use} for it")
 
 
@@ -96,16 +96,20 @@ def load_model(
     local_files_only: bool = False,
     packed: bool = True,
 ) -> nn.Module:
-    """The bare network named by `architectures` (the encoder, if none is named), in eval mode, its weights frozen.
+    """The bare network that `architectures` names (without a name, the encoder), in eval mode, with frozen weights.
 
-    path_or_id: a folder with config.json and safetensors, a hub id such as "answerdotai/ModernBERT-base" (opened from
-    the cache without asking the network if it is there), or "tiny", the bundled model.
-    device: default CUDA if there is one, else the CPU. dtype: default float32 on the CPU, bfloat16 on CUDA (float16
-    where the card has no bfloat16); "int8", on the CPU: the layers' weights in 8 bits, a scale a row, the rest in
-    float32. packed: on the CPU, hold linear weights only as the CPU's matrix products want them
-    (ops.linear.PackedLinear), and the embedding table as the file stores it. False leaves plain tensors of one dtype,
-    for torch.compile, torch.export or an optimizer (after `requires_grad_(True)`); not for int8. Raises
-    CheckpointError for a checkpoint that is missing, damaged or unsupported.
+    path_or_id: a folder with config.json and safetensors; a hub id such as "answerdotai/ModernBERT-base", for which no
+    request is made if the cache has the model; or "tiny", the bundled model.
+
+    device: default CUDA if there is one, else the CPU. dtype: default float32 on the CPU, bfloat16 on CUDA (float16 if
+    the card has no bfloat16). "int8", on the CPU only, holds the layers' weights in 8 bits with a scale per row, and
+    the rest in float32.
+
+    packed: on the CPU, linear weights are held only in the layout that the CPU's matrix products use
+    (ops.linear.PackedLinear), and the embedding table as the file stores it. False keeps plain tensors of one dtype,
+    for torch.compile, torch.export or an optimizer (after `requires_grad_(True)`); int8 is always packed.
+
+    Raises CheckpointError for a checkpoint that is missing, damaged or unsupported.
     """
     set_threads(None)
     files = find_checkpoint(path_or_id, revision=revision, token=token, local_files_only=local_files_only)
@@ -127,7 +131,7 @@ def _load(
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or CUDA if there is one, else the CPU. Raises ValueError for a device that isn't there."""
+    """`device`; by default CUDA if there is one, else the CPU. Raises OptionError for a device that isn't there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -140,7 +144,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """`dtype`, or what suits the device; int8 on the CPU only. Raises ValueError for one that isn't known."""
+    """`dtype`; by default what suits the device. int8 is for the CPU only. Raises OptionError for an unknown dtype."""
     if dtype is None:
         if device.type != "cuda":
             return torch.float32

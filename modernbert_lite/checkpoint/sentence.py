@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..ops.pooling import POOLING
-from ..reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, Reader, inside, shown
-from .folder import Folder
-from .modules import module_kind
+from ..reading import MAX_TOKENIZER_JSON_BYTES, CheckpointError, OptionError, Reader, inside, shown, warn
+from .folder import Folder, module_kind
 from .settings import Settings, own_settings, read_settings
 from .sparse import SparseConfig, read_sparse
 
@@ -49,7 +48,7 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Late:
-    """What late interaction needs beside the rest. Queries of fewer tokens than `padded_length` are padded to it."""
+    """What late interaction needs besides the rest. Queries of fewer than `padded_length` tokens are padded to it."""
 
     query_length: int | None = None  # the most tokens of a query; None: as any text
     document_length: int | None = None
@@ -63,7 +62,8 @@ class Late:
 
 @dataclass(frozen=True)
 class SentenceConfig:
-    """What a repository says about making sentence vectors. Without files: mean pooling, as sentence-transformers."""
+    """What a repository's files say about sentence vectors. Without files: mean pooling, as in
+    sentence-transformers."""
 
     model_type: str | None = None  # the class of sentence-transformers that wrote the files, where they say so
     pooling: Pooling | None = None  # None: no file says so
@@ -82,7 +82,7 @@ class SentenceConfig:
 
 
 def read_sentence_config(folder: Folder) -> SentenceConfig:
-    """Raises CheckpointError for a module, pooling mode, similarity or setting that isn't known, naming it."""
+    """Raises CheckpointError, naming it, for an unknown module, pooling mode, similarity or setting."""
     found: dict[str, Any] = {}
     path = folder.root / "config_sentence_transformers.json"
     texts = folder.optional_json(path)
@@ -96,14 +96,18 @@ def read_sentence_config(folder: Folder) -> SentenceConfig:
     if pylate:
         words = texts.get("skiplist_words")
         mask["skiplist_words"] = list(string.punctuation) if words is None else words
+    modules, own = folder.modules, own_settings(folder)
+    if not modules and not late:  # sentence-transformers then reads neither file
+        if told := [file.name for file, content in ((path, texts), own) if content]:
+            warn(f"{folder.root} has no modules.json: what {' and '.join(told)} says doesn't count")
+        return SentenceConfig()
     found["settings"] = settings = read_settings(folder, late)
     # Of everything that a module makes: the modules that it takes from the network's output on, in order.
     made: dict[str, tuple[tuple[str, str], ...]] = {}
-    modules = folder.modules
     names = [module["name"] for module in modules if "name" in module]
     if len({str(name) for name in names}) < len(names):  # the last one of a name takes the place of the first there
         raise CheckpointError(f"modules.json: two modules have one name: {shown(names)}")
-    sparse = found["sparse"] = None if late else read_sparse(folder, texts, own_settings(folder)[1])
+    sparse = found["sparse"] = None if late else read_sparse(folder, texts, own[1])
     for module in [] if sparse else modules:
         kind, place = module_kind(module), module.get("path", "")
         where = inside(folder.root, place, "modules.json")
@@ -171,7 +175,7 @@ def _taken(
 
 
 def _names(files: Folder, folder: Path, default: str) -> tuple[str, str]:
-    """What a Dense or Normalize module works on, and what it makes."""
+    """The name of the vectors that a Dense or Normalize module takes, and the name of those that it makes."""
     path = folder / "config.json"
     config = files.optional_json(path)
     source, target = config.get("module_input_name", default), config.get("module_output_name")
@@ -200,8 +204,8 @@ def _pooling(files: Folder, folder: Path) -> Pooling:
 
 
 def _texts(path: Path, config: dict[str, Any], late: bool, model_type: str | None) -> dict[str, Any]:
-    """What counts of config_sentence_transformers.json. `__version__` and `requirements` change no vector; nor does
-    `keep_in_fp32_modules`, since modules after the network compute in fp32 in any case."""
+    """What config_sentence_transformers.json says that counts. `__version__` and `requirements` change no vector. Nor
+    does `keep_in_fp32_modules`: modules after the network compute in fp32 in any case."""
     prompts = config.get("prompts") or {}
     if isinstance(prompts, dict):
         prompts = {name: "" if text is None else text for name, text in prompts.items()}
@@ -222,8 +226,8 @@ def _texts(path: Path, config: dict[str, Any], late: bool, model_type: str | Non
         )
     known = LATE_SIMILARITIES if late else SIMILARITIES
     similarity = config.get("similarity_fn_name") or known[0]
-    # What a model of the other kind was trained by (and in late interaction any other name, such as PyLate's "MaxSim")
-    # is passed over there, too.
+    # sentence-transformers, too, ignores a similarity that belongs to the other kind of model; in late interaction, any
+    # other name (such as PyLate's "MaxSim").
     if similarity not in known and (late or similarity in LATE_SIMILARITIES):
         similarity = known[0]
     cut = config.get("truncate_dim")
@@ -241,8 +245,9 @@ def _texts(path: Path, config: dict[str, Any], late: bool, model_type: str | Non
 def similarity_name(
     value: object, known: tuple[str, ...], error: type[ValueError] = OptionError, where: str = ""
 ) -> str:
-    """One of `known`, by its name, by that of sentence-transformers' function ("cos_sim"), or by a member of its
-    enumeration; None: the first of them. Raises `error` for anything else."""
+    """The one of `known` that is meant. It may be given by its own name, by the name of sentence-transformers' function
+    ("cos_sim"), or by a member of sentence-transformers' enumeration. None means the first of `known`. Raises `error`
+    for anything else."""
     name = known[0] if value is None else getattr(value, "value", value)
     name = _SIMILARITY_ALIASES.get(name, name) if isinstance(name, str) else name
     if name not in list(known):
@@ -251,8 +256,8 @@ def similarity_name(
 
 
 def _late(pylate: dict[str, Any], own: Mapping[str, Any], mask: dict[str, Any]) -> Late:
-    """pylate: config_sentence_transformers.json, if PyLate wrote it; own: the network's file, where
-    sentence-transformers has the same; mask: of the module MultiVectorMask."""
+    """pylate: config_sentence_transformers.json, if PyLate wrote it. own: the network's file, where
+    sentence-transformers has the same settings. mask: the config of the module MultiVectorMask."""
     get = Reader({**pylate, **own})
     longest, padded, raw = _length(get, "query_length"), 0, get.mapping("query_expansion")
     if "query_expansion" not in get.raw and pylate and get.flag("do_query_expansion", True, strings=True):
@@ -291,8 +296,8 @@ def _length(get: Reader, key: str) -> int | None:
 
 
 def length_limit(files: Folder, folder: Path, sentence: SentenceConfig, max_position_embeddings: int) -> int:
-    """The repository's own limit, else the smaller of the tokenizer's (1e30 in some) and the model's. folder: of the
-    tokenizer."""
+    """The repository's own limit; without one the smaller of the tokenizer's limit (1e30 in some files) and the
+    model's. folder: the tokenizer's."""
     if sentence.settings.max_seq_length is not None:
         return sentence.settings.max_seq_length
     stored = files.optional_json(folder / "tokenizer_config.json", MAX_TOKENIZER_JSON_BYTES)

@@ -1,7 +1,7 @@
-"""sentence_bert_config.json: what sentence-transformers' Transformer module says of the network and its tokenizer.
+"""sentence_bert_config.json: what sentence-transformers' Transformer module says about the network and its tokenizer.
 
-Each key is honoured, changes nothing (as the lists below say), or is refused by name: sentence-transformers itself
-opens no file with a key that it doesn't know.
+Each key is honoured, or changes nothing (the lists below say which), or is refused by name. sentence-transformers
+itself opens no file with a key that it doesn't know.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Settings:
 
 
 def read_settings(folder: Folder, late: bool) -> Settings:
-    """late: whether the model is a late-interaction one. Raises CheckpointError for a key
-    or a value that can't be honoured, naming it and the file."""
+    """late: whether the model is a late-interaction model. Raises CheckpointError for a key or a value that can't be
+    honoured, naming it and the file."""
     path, raw = own_settings(folder)
     try:
         return _read(raw, late)
@@ -89,7 +89,7 @@ def read_settings(folder: Folder, late: bool) -> Settings:
 
 
 def own_settings(folder: Folder) -> tuple[Path, dict[str, Any]]:
-    """The file, as it is, beside the network; empty where there is none."""
+    """The file's path and content, beside the network. The content is empty if there is no such file."""
     for path in (folder.network / name for name in NAMES):
         raw = folder.optional_json(path)
         if raw:
@@ -137,7 +137,7 @@ def _all_idle(name: str, given: Mapping[str, Any], idle: set[str]) -> None:
 
 
 def _honoured(name: str, given: Mapping[str, Any], honoured: set[str], idle: set[str]) -> dict[str, Any]:
-    """What counts of a mapping. Raises CheckpointError for keys that would, and are not supported."""
+    """The keys of a mapping that count. Raises CheckpointError for keys that would count, but are not supported."""
     other = given.keys() - honoured - idle
     if other:
         instead = f"; supported: {', '.join(sorted(honoured))}" if honoured else ""
@@ -150,7 +150,7 @@ def _honoured(name: str, given: Mapping[str, Any], honoured: set[str], idle: set
 
 
 def _whole(key: str, value: Any, huge: bool = False) -> int | None:
-    """huge: also a number as large as 1e30, which transformers writes for no limit."""
+    """huge: also takes a number as large as 1e30, which transformers writes for "no limit"."""
     if huge and isinstance(value, float) and value >= 1:
         value = int(min(value, _LONGEST))
     if huge and type(value) is int:
@@ -161,7 +161,7 @@ def _whole(key: str, value: Any, huge: bool = False) -> int | None:
 
 
 def _call(given: Mapping[str, Any]) -> int | None:
-    """processing_kwargs: what the tokenizer is called with -> the most tokens, if it says so."""
+    """processing_kwargs, with which the tokenizer is called -> the most tokens, if they say so."""
     get = Reader(given)
     of_text = {**get.mapping("text"), **get.mapping("common")}
     if of_text.get("truncation", True) not in (True, "longest_first"):

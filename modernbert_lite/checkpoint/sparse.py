@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..reading import CheckpointError, Reader, inside, shown
-from .folder import Folder
-from .modules import ROUTERS, SPARSE, Module, module_kind, part_of
+from .folder import ROUTERS, SPARSE, Folder, Module, module_kind, part_of
 
 TASKS = ("query", "document")
 _NETWORKS = ("MLMTransformer", "Transformer")
@@ -22,8 +21,8 @@ _KNOWN = (*ROUTERS, *_NETWORKS, "SpladePooling", "SparseStaticEmbedding")
 
 @dataclass(frozen=True)
 class Splade:
-    """Logits of a masked language model -> a weight for each token of the vocabulary: log(1 + relu(logit)), pooled over
-    the text's tokens."""
+    """Logits of a masked language model -> a weight per token of the vocabulary: log(1 + relu(logit)), pooled over the
+    text."""
 
     strategy: str = "max"  # or "sum"
     activation: str = "relu"  # or "log1p_relu": the logarithm is taken twice
@@ -31,14 +30,14 @@ class Splade:
 
 @dataclass(frozen=True)
 class Static:
-    """Each token that a text has weighs what `folder` stores for it."""
+    """The weight of each token in a text is the one that `folder` stores for it."""
 
     folder: str  # below the repository's
 
 
 @dataclass(frozen=True)
 class SparseConfig:
-    """What a sparse encoder's files say. A road is None where the files have none for such texts."""
+    """What a sparse encoder's files say. A road is None if the files have none for such texts."""
 
     query: Splade | Static | None
     document: Splade | Static | None
@@ -54,7 +53,7 @@ class SparseConfig:
 
 
 def read_sparse(folder: Folder, texts: Mapping[str, Any], own: Mapping[str, Any]) -> SparseConfig | None:
-    """None for a model that is no sparse encoder. texts: config_sentence_transformers.json; own: the network's
+    """None for a model that is no sparse encoder. texts: config_sentence_transformers.json. own: the network's
     sentence_bert_config.json. Raises CheckpointError for what isn't known, naming it."""
     modules = folder.modules
     if modules and module_kind(modules[0]) == "Router":  # elsewhere none is supported, whatever its file says
@@ -122,8 +121,8 @@ def _road(folder: Folder, modules: Sequence[Module], source: str) -> Splade | St
 
 
 def _roads(folder: Folder, place: str) -> tuple[Splade | Static | None, ...]:
-    """Of queries, documents and other texts, as sentence-transformers' Router picks them: by `route_mappings`, by the
-    task's name, then the default."""
+    """The roads of queries, documents and other texts, in the order in which sentence-transformers' Router looks for
+    them: by `route_mappings`, by the task's name, then the default."""
     raw, source = folder.router(place), str(folder.router_path(place))
     roads = {}
     for name, ids in raw["structure"].items():

@@ -15,7 +15,7 @@ from ..models.fields import Config
 from ..ops.choose import FLOATS
 from ..ops.linear import Linear, pack, packs
 from ..ops.threads import survive_forks
-from ..reading import CheckpointError, OptionError, printable, shown
+from ..reading import CheckpointError, OptionError, printable, shown, warn
 from .folder import Folder, open_safetensors
 from .names import Source, advice, match
 
@@ -32,10 +32,10 @@ def load_weights(
     dtype: torch.dtype,
     packed: bool = True,
 ) -> nn.Module:
-    """Builds `network` on the meta device and gives it the folder's tensors, one by one, so that there are never two
-    copies; a tensor that needs no conversion stays memory-mapped, as does the embedding table of the CPU, whose rows
-    are converted as they are looked up. dtype, packed: as in `load_model`. Missing, unexpected or misshapen tensors are
-    a CheckpointError that names them."""
+    """Builds `network` on the meta device, and gives it the folder's tensors one by one, so that there are never two
+    copies. A tensor that needs no conversion stays memory-mapped, as does the embedding table on the CPU: its rows are
+    converted when they are looked up. dtype, packed: as in `load_model`. Raises CheckpointError that names all missing,
+    unexpected and misshapen tensors."""
     survive_forks()
     with torch.device("meta"):
         model = network(config).requires_grad_(False)
@@ -47,6 +47,8 @@ def load_weights(
     problems = [f"missing {name}" for name in missing if found] + problems  # else the names themselves are strange
     if problems:
         more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
+        if all(problem.startswith("unexpected") for problem in problems):
+            more += "; if they are left over from training, save the file without them"
         why = advice(files, model)
         raise CheckpointError(f"{folder.network} doesn't fit its config.json{why}: {'; '.join(problems[:12])}{more}")
 
@@ -55,7 +57,7 @@ def load_weights(
     int8, dtype = dtype == torch.int8, torch.float32 if dtype == torch.int8 else dtype
     linears = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
     packing = packed and packs(device, dtype)
-    # One buffer for what is packed next: the holes that a buffer each would leave are too small for what follows.
+    # One buffer for all tensors that are packed. A buffer per tensor would leave holes that are too small for the next.
     buffer = torch.empty(
         max(math.prod(expected[name]) for name in linears) if packing or int8 else 0, dtype=dtype, device="cpu"
     )
@@ -68,14 +70,12 @@ def load_weights(
             pack(linears[name], _read(sources, device, dtype, buffer), int8=small)
         else:
             state[name] = _read(sources, device, dtype)
-    if tied:
-        decoder, table = tied
-        if not torch.equal(state.setdefault(decoder, state[table]), state[table]):
-            raise CheckpointError(
-                f"{folder.network}: {decoder} differs from {table.removeprefix('model.')}, and tie_word_embeddings is "
-                "true in config.json: make them equal, or the key false"
-            )
-        state[decoder] = state[table]
+    if tied and not torch.equal(state.setdefault(tied[0], state[tied[1]]), state[tied[1]]):
+        warn(
+            f"{folder.network}: {tied[0]} differs from {tied[1].removeprefix('model.')}, though tie_word_embeddings is "
+            "true in config.json. Both are used, as in transformers 5 (transformers 4 ties them)"
+        )
+        tied = None
     left = model.load_state_dict(state, strict=False, assign=True)
     if left.unexpected_keys or not set(left.missing_keys) <= set(linears):
         raise AssertionError(left)
@@ -87,7 +87,8 @@ def load_weights(
 def load_dense(
     files: Folder, folder: Path, expected: dict[str, tuple[Any, ...]], device: torch.device
 ) -> dict[str, Tensor]:
-    """The tensors of a sentence-transformers Dense module, in fp32, if they have the shapes that its config gives."""
+    """The tensors of a sentence-transformers Dense module, in fp32. Raises CheckpointError unless they have the shapes
+    that the module's config gives."""
     shapes = files.shapes(folder)
     found = {key: shape for keys in shapes.values() for key, shape in keys.items()}
     if found != expected:
@@ -96,8 +97,8 @@ def load_dense(
 
 
 def _read(sources: Sequence[Source], device: torch.device, dtype: torch.dtype, buffer: Tensor | None = None) -> Tensor:
-    """A tensor, memory-mapped if it needs no conversion; otherwise in `buffer`, if that is given. Pieces are put one
-    above the other. Whether its numbers are finite is seen in results: a mapped file isn't read for that."""
+    """A tensor: memory-mapped if it needs no conversion, else in `buffer`, if there is one. Pieces are put one above
+    the other. The numbers are not read through for NaN: a result that isn't finite shows it."""
     if len(sources) > 1:
         return torch.cat([_read([source], device, dtype) for source in sources])
     path, key = sources[0]
@@ -108,8 +109,7 @@ def _read(sources: Sequence[Source], device: torch.device, dtype: torch.dtype, b
 
 
 def _read_table(path: Path, key: str, dtype: torch.dtype, small: bool) -> Tensor:
-    """A table of which few rows are looked up: memory-mapped as it is stored, and untouched; small: in 16 bits if its
-    numbers allow that."""
+    """A table of which few rows are looked up: memory-mapped as it is stored. small: in 16 bits, if its numbers fit."""
     tensor = _open_tensor(path, key)
     if small and tensor.dtype == torch.float32:
         half = tensor.half()
@@ -118,7 +118,8 @@ def _read_table(path: Path, key: str, dtype: torch.dtype, small: bool) -> Tensor
 
 
 def _open_tensor(path: Path, key: str) -> Tensor:
-    # Mapped anew for each tensor: the mapping of one that was converted goes with it, and its pages with the mapping.
+    # The file is mapped anew for each tensor. When a converted tensor is freed, its mapping goes, too, and with it the
+    # pages that were read.
     try:
         tensor: Tensor = open_safetensors(path).get_tensor(key)
     except (SafetensorError, AttributeError) as error:  # a type that this safetensors or this torch doesn't know

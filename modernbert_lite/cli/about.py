@@ -1,4 +1,4 @@
-"""What `modernbert-lite info` and `doctor` say: of a checkpoint, and of this machine."""
+"""What `modernbert-lite info` says about a checkpoint, and `doctor` about this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SELF_CHECK_TEXTS = ["A man is playing a guitar.", "Someone plays an instrument.
 
 
 def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
-    """Facts of a checkpoint, from its configs and the headers of its safetensors: no weight is read."""
+    """Facts about a checkpoint, from its configs and the headers of its safetensors. No weight is read."""
     checkpoint = Checkpoint.find(path_or_id, **hub)
     root, config, sentence = checkpoint.root, checkpoint.config, checkpoint.sentence
     stored, parameters = Counter[str](), 0
@@ -69,7 +69,7 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
 
 
 def _files(root: Path) -> dict[str, int]:
-    """Sizes in bytes, by path; without what can't be looked at, such as a link to nothing."""
+    """Sizes in bytes, by path. What can't be looked at is left out, such as a link to nothing."""
     sizes = {}
     for path in sorted(root.rglob("*")):
         with contextlib.suppress(OSError):
@@ -137,7 +137,7 @@ def machine() -> dict[str, Any]:
 
 
 def _compiler() -> str:
-    """Triton builds its launchers by one, with Python's headers."""
+    """Triton builds its launchers with a C compiler and Python's headers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if compiler is None:
         return "none found (gcc, clang, cc, or name one in CC)"

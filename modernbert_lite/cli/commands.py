@@ -19,8 +19,8 @@ from . import inputs as record_files
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command. Returns 0, 1 for a failure, 2 for bad usage, 128 + its number for a signal (130 for Ctrl-C, 143
-    for SIGTERM, 129 for SIGHUP); one line on stderr says why. Raises SystemExit as argparse does."""
+    """Runs a command. Returns 0; 1 for a failure; 2 for bad usage; 128 + its number for a signal (130 for Ctrl-C, 143
+    for SIGTERM, 129 for SIGHUP). One line on stderr says why. Raises SystemExit as argparse does."""
     with console.quiet_streams(), console.stoppable():
         try:
             status = _run(argv)
@@ -66,7 +66,7 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _without_advice(error: Exception) -> str:
-    """The message without what is only of use in Python, see inputs.keeping."""
+    """The message without its advice for Python users, see inputs.keeping."""
     return str(error).removesuffix(getattr(error, "advice", ""))
 
 
@@ -84,7 +84,7 @@ def _fail(args: argparse.Namespace, message: str, status: int) -> int:
 
 
 def _json(value: object, **options: Any) -> str:
-    """JSON that is valid in whatever encoding standard output has."""
+    """JSON that is valid in standard output's encoding."""
     is_utf8 = (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
     try:
         return json.dumps(value, ensure_ascii=not is_utf8, allow_nan=False, **options)
@@ -158,7 +158,7 @@ def _count(text: str) -> int:
 
 
 def _text(argument: str) -> str:
-    """A text among the arguments, which are bytes: UTF-8, whatever the locale says (C, POSIX and others)."""
+    """An argument, which is bytes, as a text: UTF-8 in every locale (C and POSIX too)."""
     try:
         return os.fsencode(argument).decode()
     except UnicodeError:
@@ -204,19 +204,19 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
 
 
 def _open(kind: Any, args: argparse.Namespace, **own: Any) -> Any:
-    """A model of class `kind`."""
+    """A model of the class `kind`."""
     names = ("device", "dtype", "revision", "local_files_only", "max_seq_length", "batch_tokens", "threads", "on_long")
     model = kind.from_pretrained(args.model, **{name: getattr(args, name) for name in names}, **own)
     console.check_signals()
     return model
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------
+# ---- reading ----
 
 
 def _read(args: argparse.Namespace) -> Iterable[record_files.Record]:
-    """Records with the text under args.field: of arguments, a file (checked whole before it is used, so that a bad
-    line is found before hours of work, not after), or standard input."""
+    """Records that have the text under args.field: from arguments, a file, or standard input. A file is checked whole
+    before it is used, so that a bad line is found before hours of work."""
     if args.texts:
         if args.input is not None:
             raise OptionError("texts were given both as arguments and by --input; give one of them")
@@ -232,6 +232,8 @@ def _read(args: argparse.Namespace) -> Iterable[record_files.Record]:
     path = Path(args.input)
     if not path.exists() or path.is_dir():
         raise OptionError(f"--input {args.input}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
+    if path.is_block_device():
+        raise OptionError(f"--input {args.input}: it is a device; give a file, or a pipe")
     format = record_files.format_of(args.input, args.input_format)
 
     def read() -> Iterator[record_files.Record]:
@@ -244,7 +246,7 @@ def _read(args: argparse.Namespace) -> Iterable[record_files.Record]:
     return read()
 
 
-# ---- commands ------------------------------------------------------------------------------------------------------
+# ---- commands ----
 
 
 def _embed(args: argparse.Namespace) -> None:
@@ -283,7 +285,7 @@ def _embed(args: argparse.Namespace) -> None:
                 yield record[args.field]
 
         options = {"prompt": args.prompt, "prompt_name": args.prompt_name, "normalize_embeddings": args.normalize}
-        if args.precision in ("int8", "uint8"):  # cut by the range of all vectors, so there is nothing to write before
+        if args.precision in ("int8", "uint8"):  # cut by the range of all vectors: nothing is written before the last
             blocks: Iterable[Any] = [_cut_by_range(args, model, texts(), options, waiting, writer)]
         else:
             blocks = (
@@ -305,8 +307,8 @@ def _cut_by_range(
     waiting: list[dict[str, Any]],
     writer: Any,
 ) -> Any:
-    """All vectors in int8 or uint8. After a failure the range of all is unknown: the finished rows go to NAME.partial
-    in float32. (Not to standard output, whose reader expects whole numbers.)"""
+    """All vectors in int8 or uint8. After a failure the range of all vectors is unknown, so the finished rows go to
+    NAME.partial in float32. (They don't go to standard output, whose reader expects whole numbers.)"""
     from ..pipeline.vectors import quantize_embeddings
 
     vectors: Any = ()

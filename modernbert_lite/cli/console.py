@@ -1,4 +1,4 @@
-"""The process around a command: what it says on stderr, standard streams that are closed or full, signals."""
+"""The process around a command: its lines on stderr, standard streams that are closed or full, signals."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 
 
 def say(message: object) -> None:
-    """One bounded line on stderr, without what a terminal would take for a command."""
+    """Writes one bounded line to stderr, without characters that a terminal would take as a command."""
     print("modernbert-lite: " + printable(" ".join(str(message).split()), LONGEST), file=sys.stderr)
 
 
-# ---- signals -------------------------------------------------------------------------------------------------------
+# ---- signals ----
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the command to end. A subclass of what Ctrl-C raises, so that `except Exception` lets it pass."""
+    """A signal asked the command to end. It is a subclass of KeyboardInterrupt, so `except Exception` lets it pass."""
 
     def __init__(self, number: int):
         super().__init__(_WORDS[signal.Signals(number).name])
@@ -52,8 +52,8 @@ _signals = _Signals()
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within it Ctrl-C, SIGTERM and SIGHUP raise Stopped. One that is ignored (nohup, a shell's background) or that the
-    surrounding program handles keeps what it has."""
+    """In this block Ctrl-C, SIGTERM and SIGHUP raise Stopped. A signal that is ignored (by nohup, or for a shell's
+    background job) stays ignored, and a signal that the surrounding program handles keeps its handler."""
     kept: dict[int, Any] = {}
     _signals.holding, _signals.arrived = False, None
     try:
@@ -70,7 +70,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """A signal that arrives in this block is raised after the block, so that a few steps are done whole."""
+    """A signal that arrives in this block is raised after the block, so that its steps are done as a whole."""
     before, _signals.holding = _signals.holding, True
     try:
         yield
@@ -80,27 +80,27 @@ def held() -> Iterator[None]:
 
 
 def check_signals() -> None:
-    """Raises Stopped again where it was lost: C code may drop it, or make an ImportError of it."""
+    """Raises Stopped again if it was lost: C code may drop it, or turn it into an ImportError."""
     _signals.check()
 
 
 def hold() -> None:
-    """Until the command ends signals wait: it is ending already."""
+    """From now on signals wait: the command is ending already."""
     _signals.holding = True
 
 
 def end_quietly() -> None:
-    """For the last moments of the process: Ctrl-C ends it at once, without a traceback of Python's shutdown."""
+    """For the last moments of the process: Ctrl-C ends it at once, without a traceback from Python's shutdown."""
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-# ---- standard streams ----------------------------------------------------------------------------------------------
+# ---- standard streams ----
 
 
 class _Stderr:
-    """Standard error that never fails: what can't be said is not said."""
+    """A standard error that never fails: what can't be written is dropped."""
 
     def __init__(self, stream: TextIO | None):
         # With a closed stderr sys.stderr is None, and print(file=None) writes to standard output.
@@ -134,7 +134,7 @@ class _Stderr:
 
 
 def silence(stream: Any) -> None:
-    """What waits in a stream that can't be written to goes nowhere: else Python fails over it at its end."""
+    """Sends what waits in a stream that can't be written to nowhere. Otherwise Python fails over it at its end."""
     with suppress(Exception):
         null = os.open(os.devnull, os.O_WRONLY)
         try:
@@ -145,7 +145,7 @@ def silence(stream: Any) -> None:
 
 @contextmanager
 def quiet_streams() -> Iterator[None]:
-    """Within it stderr never fails, a warning is a line on stderr and never an error, and a character that standard
+    """In this block stderr never fails, a warning is a line on stderr and never an error, and a character that standard
     output can't show is escaped."""
     for number in range(3):  # else the output file might become number 2, and libraries' messages lie among its vectors
         try:
@@ -167,7 +167,7 @@ def quiet_streams() -> Iterator[None]:
 
 
 def check_stdout() -> None:
-    """Raises OSError if standard output is closed or full: before the work, not after."""
+    """Raises OSError if standard output is closed or full, so that this is found before the work."""
     if sys.stdout is None:
         raise OSError("standard output is closed; send it to a file or a program")
     with suppress(AttributeError, ValueError):  # no file behind it
@@ -180,7 +180,7 @@ def check_stdout() -> None:
 
 
 def table(header: list[str], rows: list[list[str]]) -> None:
-    """Prints rows under their header, every column as wide as its widest cell."""
+    """Prints rows under their header. Each column is as wide as its widest cell."""
     rows = [[printable(cell, LONGEST) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:

@@ -1,4 +1,4 @@
-"""Texts for the shell, out of txt, jsonl, csv, tsv and json: as records that have the text under a field's name."""
+"""Texts for the shell, from txt, jsonl, csv, tsv and json: records that have the text under a field's name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 FORMATS = ("txt", "jsonl", "csv", "tsv", "json")
 _BY_ENDING = {"jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "tsv": "tsv", "tab": "tsv", "json": "json"}
-# Files whose lines are no texts. Any other ending is read as plain text.
+# Endings of files that don't have a text per line. A file with any other ending is read as plain text.
 _NO_TEXTS = frozenset(
     """
     gz bz2 xz zst lz4 br zip tar tgz 7z rar
@@ -31,8 +31,8 @@ _LONGEST_CELL = 1 << 27
 
 
 def format_of(name: str, given: str | None) -> str:
-    """The format of a file: as given, else by its name's ending. Raises OptionError for an ending whose lines are no
-    texts."""
+    """The format of a file: `given`, else by the ending of its name. Raises OptionError for an ending of files that
+    don't have a text per line."""
     ending = Path(name).suffix[1:].lower()
     if given is not None:
         return given
@@ -45,12 +45,13 @@ def format_of(name: str, given: str | None) -> str:
 
 
 def records(file: IO[bytes], format: str, field: str, name: str) -> Iterator[Record]:
-    """The records of a file, or of standard input, called `name` in messages; lazily, except for json.
+    """The records of a file or of standard input. They are read lazily, except json. name: for messages.
 
-    txt: a text a line, under "text". jsonl: an object a line. csv, tsv: a header, then a row a record; quoted as
-    spreadsheets do it. json: one array of objects, or of strings, read whole. Each record has a string under `field`.
+    txt: a text per line, under "text". jsonl: an object per line. csv, tsv: a header, then a record per row, quoted as
+    spreadsheets do it. json: one array of objects or of strings, read whole. Each record has a string under `field`.
 
-    Raises ValueError, naming the line or item, for what is malformed, and OptionError for a field where there is none.
+    Raises ValueError, naming the line or item, for malformed input; OptionError for a field that the format doesn't
+    have.
     """
     if format == "txt" and field != "text":
         raise OptionError(f"--field {field} needs jsonl input (or csv, tsv, json); {name} is read as plain text")
@@ -118,12 +119,14 @@ def _tsv(file: IO[bytes], field: str, name: str) -> Iterator[Record]:
     return _csv(file, field, name, "\t")
 
 
-# ---- lines ---------------------------------------------------------------------------------------------------------
+# ---- lines ----
 
 
 def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
-    """(number, line with its end) of each line, which must be UTF-8."""
-    for number, raw in enumerate(file, 1):
+    """Yields (number, line with its end) for each line, which must be UTF-8."""
+    for number, raw in enumerate(iter(lambda: file.readline(_LONGEST_CELL), b""), 1):
+        if len(raw) == _LONGEST_CELL:
+            raise ValueError(f"{name}, line {number}: it has more than {_LONGEST_CELL >> 20} MiB; break it into lines")
         if number == 1:
             for mark, encoding in _MARKS.items():
                 if raw.startswith(mark):
@@ -137,7 +140,8 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
 
 
 def _unmarked(raw: bytes, number: int) -> str | None:
-    """UTF-16's byte order if a line of Latin letters is in it: valid UTF-8, too, with a NUL beside every letter."""
+    """The byte order of UTF-16 without a mark, if a line of Latin letters shows it. (Such a line is valid UTF-8, too,
+    with a NUL beside every letter.)"""
     if len(raw) >= 4 and not raw[1::2].strip(b"\0"):
         return "UTF-16LE"
     if len(raw) >= 4 and not raw[0::2].strip(b"\0"):
@@ -149,7 +153,7 @@ def _refuse_encoding(where: str, what: str, encoding: str) -> NoReturn:
     raise ValueError(f"{where} {what}; only UTF-8 is read: convert it, as by iconv -f {encoding} -t UTF-8 FILE > NEW")
 
 
-# ---- JSON ----------------------------------------------------------------------------------------------------------
+# ---- JSON ----
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -169,7 +173,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Record:
 
 
 def _finite(text: str) -> float:
-    """Python's JSON would read 1e999 as infinity and write that as Infinity, which is no JSON."""
+    """Python's JSON reads 1e999 as infinity, and writes that as Infinity, which is no JSON."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"the number {shown(text)} is too large")

@@ -1,4 +1,4 @@
-"""An output file of one process: NAME.partial, locked, until it is whole."""
+"""The output file of one process: NAME.partial, locked, until it is whole."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ _OURS = (".partial", ".partial.lock")
 
 
 class Output:
-    """Claims `path`: rows go to `file`, which is NAME.partial, read and written unbuffered; `finish` gives it its name,
-    `keep` leaves it where it is. `empty` tells from the start of an old NAME.partial that no row is in it.
+    """Claims `path`. Rows go to `file`, which is NAME.partial, unbuffered. `finish` gives it its name; `keep` leaves it
+    where it is. empty(start of an old NAME.partial): whether no row is in it.
 
-    Only one process has an output at a time. It holds a lock on NAME.partial.lock, which ends with the process however
-    that ends, so a file left by a dead process is in nobody's way. Where there are no such locks (Windows, some network
-    folders) the file alone is the lock: after a process that died somebody must delete it, and the message says so.
+    One process at a time has an output. It holds a lock on NAME.partial.lock. The lock ends with the process, in
+    whatever way it ends, so files of a dead process are in nobody's way. Where there are no such locks (Windows, some
+    network folders), the lock file itself is the lock: after a process has died, somebody must delete it, and the
+    message says so.
 
-    Raises ValueError if another process writes it, or if NAME.partial holds rows, is a link or no regular file.
+    Raises ValueError if another process writes the output, or if NAME.partial holds rows, is a link or is no regular
+    file.
     """
 
     def __init__(self, path: Path, empty: Callable[[bytes], bool]):
@@ -71,9 +73,10 @@ class Output:
         return file
 
     def finish(self, whole: Path) -> None:
-        """`whole`, closed and on the disk, is the output: NAME.partial, or an archive made of it, beside it.
+        """Makes `whole` the output. It is closed and on the disk: NAME.partial, or an archive made from it, beside it.
 
-        Raises FileExistsError if the output has appeared since: another program's file is not written over."""
+        Raises FileExistsError if the output has appeared since the start: another program's file is not written over.
+        """
         with held():
             if not self.replaces and os.path.lexists(self.path):
                 raise FileExistsError(f"{self.path} appeared while this run wrote {self.partial}; it is left as it is")
@@ -88,7 +91,7 @@ class Output:
             self._lock.release()
 
     def keep(self, rows: int) -> None:
-        """After a failure: says where the finished rows are; without any, leaves nothing."""
+        """After a failure: says where the finished rows are. If there are none, it leaves no file."""
         with held():
             if rows:
                 with suppress(OSError, ValueError):  # ValueError: it is closed already
@@ -101,14 +104,14 @@ class Output:
             self._lock.release()
 
     def _is_there(self) -> bool:
-        """Whether NAME.partial still is the file that was made here: somebody may have moved it away."""
+        """Whether NAME.partial is still the file that was made here. Somebody may have moved it away."""
         with suppress(FileNotFoundError):
             return os.path.samestat(self._stat, os.stat(self.partial, follow_symlinks=False))
         return False
 
 
 def sync_folder(folder: Path) -> None:
-    """A new name survives a power failure, where the system can promise that."""
+    """Makes a new name survive a power failure, if the system can do that."""
     with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -144,8 +147,8 @@ class _Lock:
                 return os.open(self._path, _OLD), False
 
     def _locked(self, created: bool) -> bool:
-        """Whether the lock is held now, or the file was deleted by its last holder after it was opened here. Raises
-        ValueError where another process has the lock."""
+        """Whether the lock is held now. False: its last holder deleted the file after it was opened here. Raises
+        ValueError if another process has the lock."""
         hint = "wait for it, or choose another --output"
         try:
             import fcntl
@@ -187,7 +190,8 @@ class _Lock:
             raise
 
     def release(self) -> None:
-        """Deletes the file while it is locked: who opened it before sees that it is gone, and makes a new one."""
+        """Deletes the file while it is locked. A process that has opened it before sees that it is gone, and makes a
+        new one."""
         if os.name == "nt":  # there an open file can't be deleted
             os.close(self._number)
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Vectors to jsonl, npy or npz: as they come, into a temporary file that is renamed at the end."""
+"""Vectors to jsonl, npy or npz. They are written as they come, to a temporary file that is renamed at the end."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 
 
 class VectorWriter:
-    """Writes blocks of rows; `path` None is stdout. A file appears under its name only when it is whole: until then,
-    and after a failure, what is finished lies in NAME.partial, as valid jsonl or npy (for npz, too).
+    """Writes blocks of rows; `path` None is stdout. A file appears under its name only when it is whole. Until then,
+    and after a failure, what is finished lies in NAME.partial, as valid jsonl or npy (npy for npz, too).
 
-    NAME.partial can be read at any moment, also if the process is killed (SIGKILL): the npy header tells of the rows
-    before it, whatever follows them; of jsonl the last line may be torn."""
+    NAME.partial can be read at any moment, also after the process was killed (SIGKILL). The npy header counts the rows
+    before it was written, and whatever follows them is ignored. In jsonl the last line may be torn.
+    """
 
     def __init__(self, path: Path | None, format: str):
         self.format = one_of("format", format, OUTPUT_FORMATS)
@@ -44,7 +45,7 @@ class VectorWriter:
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  as long as the writer
 
     def write(self, records: Sequence[dict[str, Any]], vectors: np.ndarray) -> None:
-        """records: what jsonl puts before each "embedding"; vectors (n, C), finite (what makes them checks that)."""
+        """records: what jsonl puts before each "embedding". vectors: (n, C), finite (their maker checks that)."""
         if self.format == "jsonl":
             data = b"".join(_json_line(r, v) for r, v in zip(records, vectors, strict=True))
         else:
@@ -123,7 +124,7 @@ class VectorWriter:
                 os.unlink(name)
 
     def _zip(self, file: Any) -> None:
-        """The npy in self._file as "embeddings" of an npz, uncompressed (vectors don't compress)."""
+        """Writes the npy in self._file as "embeddings" of an npz, uncompressed, because vectors don't compress."""
         self._file.seek(0)
         with (
             zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
@@ -133,7 +134,7 @@ class VectorWriter:
 
 
 def _no_rows(start: bytes) -> bool:
-    """Whether a file that starts so is the NAME.partial of a run that had finished no row."""
+    """Whether this is the start of a NAME.partial in which no row was finished."""
     unwritten = b"\0" * _NPY_HEADER_BYTES  # of version 0.1.0
     return start in (b"", unwritten) or (start.startswith(_NPY_MAGIC) and b"'shape': (0," in start[:_NPY_HEADER_BYTES])
 

@@ -1,1 +1,1 @@
-"""One file a family: its network, heads, configuration and tensor names."""
+"""One file per family: its network, heads, configuration and tensor names."""

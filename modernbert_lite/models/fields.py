@@ -12,8 +12,8 @@ from torch import nn
 from ..ops.reference import ACTIVATIONS
 from ..reading import CheckpointError, Reader, shown
 
-# Activations by other names. With those of ops.reference: transformers' ACT2FN, but for prelu and xielu, which have
-# weights.
+# Activations under other names. With those of ops.reference they are transformers' ACT2FN, except prelu and xielu,
+# which have weights.
 _SAME_ACTIVATIONS = {"swish": "silu", "gelu_accurate": "gelu_new", "gelu_python_tanh": "gelu_new"}
 # Keys that change transformers' numbers, or its choice of files, in ways that aren't supported here.
 _REFUSED = {
@@ -28,7 +28,7 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 
 @dataclass(frozen=True)
 class Config:
-    """What a config.json says, as far as the package asks it of every family. Fields keep Hugging Face's names."""
+    """What the package asks of every family's config.json. Fields keep Hugging Face's names."""
 
     MODEL_TYPES: ClassVar[tuple[str, ...]] = ()  # values of config.json's model_type
 
@@ -56,17 +56,18 @@ class Config:
 
     @property
     def type_vocab_size(self) -> int:
-        """Rows of the table of token types; 0: there is none."""
+        """Rows of the table of token types. 0: there is no such table."""
         return 0
 
     @property
     def max_positions(self) -> int | None:
-        """Rows of the table of positions; None: positions are rotations (RoPE), of which there is no end."""
+        """Rows of the table of positions. None: there is no such table, because positions are rotations (RoPE), which
+        have no limit."""
         return None
 
     @property
     def sparse(self) -> bool:
-        """Whether the file may have a weight for each token beside the encoder."""
+        """Whether the file may have a sparse weight per token, beside the encoder."""
         return False
 
     def window_size(self, layer: int) -> tuple[int, int]:
@@ -79,28 +80,29 @@ class Config:
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """What `modernbert-lite info` says of this family alone."""
+        """What `modernbert-lite info` shows for this family only."""
         return {}
 
 
 @dataclass(frozen=True)
 class Names:
-    """What an architecture's tensors may be called. Without its prefix a name begins with one of `parts` in the
-    encoder, with one of `heads` above it."""
+    """The names that an architecture's tensors may have. After its prefix, a name of the encoder begins with one of
+    `parts`, and a name of what stands on the encoder with one of `heads`."""
 
     table: str  # of the words: every file of an encoder has it, once
     prefixes: tuple[str, ...]
     parts: tuple[str, ...]
-    # What an encoder passes over, as transformers does: a file may hold more than is opened.
+    # What the encoder leaves out, as transformers does: a file may hold more than is opened.
     heads: tuple[str, ...] = ("head", "decoder", "classifier", "pooler", "lm_head", "qa_outputs", "score", "cls")
+    decoder: str = ""  # of a masked LM: the tensor that may be tied to the table
     renames: Mapping[str, str] = field(default_factory=dict)  # patterns of other names
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # a matrix, and those that it may be stored as
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the registry. An architecture is a prefix and the end of its name, "ModernBert" + "ForMaskedLM"; its
-    network takes the config, and is called with a PackedBatch. The encoder of a head's network is its `model`."""
+    """One row of the registry. The name of an architecture is a prefix and an end: "ModernBert" + "ForMaskedLM". Its
+    network is made from the config, and called with a PackedBatch. In a network with a head, the encoder is `model`."""
 
     config: type[Config]
     architectures: tuple[str, ...]  # the prefixes
@@ -126,9 +128,9 @@ def refuse_keys(get: Reader) -> None:
 
 
 def sizes(get: Reader, own_head_dim: bool = False) -> tuple[int, int, int]:
-    """hidden_size, heads, and the size of one. own_head_dim: a `head_dim` key may make it another than their quotient,
-    as in transformers' GteModel. The other networks have no use for the key: transformers 4 ignores it, and 5 fails
-    where it differs (but for odd ones, of which some change its RoPE: those are refused)."""
+    """hidden_size, the number of heads, and the size of one head. own_head_dim: whether a `head_dim` key may differ
+    from their quotient, as in transformers' GteModel. Other networks don't use the key. transformers 4 ignores it, and
+    5 fails where it differs. (Of odd sizes, some change transformers' RoPE: they are refused.)"""
     hidden, heads = get.whole("hidden_size", 768), get.whole("num_attention_heads", 12)
     named = None if get.raw.get("head_dim") is None else get.whole("head_dim", 1)
     if named is not None and named % 2:
@@ -148,7 +150,7 @@ def activation(get: Reader, key: str) -> str:
 
 
 def check_typed(values: Mapping[str, Any], where: str, known: tuple[str, ...]) -> None:
-    """Refuses a factor, say, without a type: it would be passed over."""
+    """Refuses values of a RoPE without its type, such as a factor: they would be passed over."""
     typeless = ("rope_theta", "partial_rotary_factor")
     said = sorted(key for key, value in values.items() if value is not None and key not in typeless)
     if said and values.get("rope_type") is None and values.get("type") is None:
@@ -156,8 +158,8 @@ def check_typed(values: Mapping[str, Any], where: str, known: tuple[str, ...]) -
 
 
 def architectures(get: Reader, foreign: tuple[str, ...]) -> list[str]:
-    """The class names, of which there may be none: null, an empty list, or nulls in it. foreign: how the
-    names of other families begin."""
+    """The class names in `architectures`. The list may be null or empty, or hold nulls. foreign: how the class names of
+    other families begin."""
     names = get.raw.get("architectures") or []
     named: list[Any] = [name for name in names if name] if isinstance(names, list) else [None]
     if not all(isinstance(name, str) and re.fullmatch(r"\w{1,100}", name, re.ASCII) for name in named):
@@ -171,9 +173,10 @@ def architectures(get: Reader, foreign: tuple[str, ...]) -> list[str]:
 
 
 def labels(get: Reader) -> tuple[str, ...]:
-    """One a row of the classifier, as many as id2label has ids; without it LABEL_0.. as many as num_labels
-    (transformers' default: 2). A row whose id was left out of id2label is LABEL_ and its number. (Where the two
-    disagree id2label wins in transformers 4 and here, num_labels in 5: the weights' shape tells, at load.)"""
+    """One label per row of the classifier: as many as id2label has ids. An id that id2label leaves out has the label
+    LABEL_ and its number. Without id2label: LABEL_0 and so on, as many as num_labels says (transformers' default: 2).
+    If the two disagree, id2label wins in transformers 4 and here, num_labels in 5. The weights' shape shows at loading
+    which was right."""
     named = get.raw.get("id2label")
     if not named:
         get.mapping("id2label")
@@ -190,9 +193,10 @@ def problem_type(get: Reader) -> str | None:
 
 
 def entailment_id(get: Reader, labels: tuple[str, ...]) -> int | None:
-    """The id of the first label in label2id whose name starts with "entail", in any case: as transformers' zero-shot
-    pipeline finds it. Without label2id, its place in id2label. None: no label is named so. It isn't checked against
-    the labels here: a file may keep the label2id of the model that it was trained from, and only zero-shot needs it."""
+    """The id of the first label in label2id whose name starts with "entail", in upper or lower case; so does
+    transformers' zero-shot pipeline find it. Without label2id: the label's place in id2label. None: no label has such a
+    name. The id isn't checked against the labels here. A file may keep the label2id of the model that it was trained
+    from, and only zero-shot needs the id."""
     ids = get.mapping("label2id") or {label: i for i, label in enumerate(labels)}
     for name, i in ids.items():
         if name.lower().startswith("entail"):
@@ -201,7 +205,8 @@ def entailment_id(get: Reader, labels: tuple[str, ...]) -> int | None:
 
 
 def activation_fn(raw: Mapping[str, Any]) -> str | None:
-    """sentence-transformers 4 and 5 keep a cross-encoder's activation in config.json, before that under another key."""
+    """The activation that a cross-encoder's config.json names. sentence-transformers 4 and 5 keep it under another key
+    than earlier versions."""
     nested = raw.get("sentence_transformers")
     if isinstance(nested, Mapping) and "activation_fn" in nested:  # null, too, is what it says
         name = nested["activation_fn"]

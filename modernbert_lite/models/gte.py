@@ -1,7 +1,8 @@
-"""GTE v1.5 (arXiv 2407.19669; Alibaba's "NewModel"): the forward pass, top-down, in the letters of model.py.
+"""GTE v1.5 (arXiv 2407.19669; Alibaba's "NewModel"): the forward pass, top-down, in the letters of modernbert.py.
 
-Attributes are the names in Alibaba's checkpoints; names.py knows the others. Beside ModernBERT: norms come after the
-residual's addition, there are biases, all layers are global, and the MLP activates the second half.
+Attributes are the names in Alibaba's checkpoints; checkpoint/names.py knows the other names. It differs from ModernBERT
+in four points. Each norm comes after the residual is added. There are biases. All layers are global. The MLP activates
+the second half.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .rope import ROPE_TYPES, describe_rope, read_rope
 
 
 class Gte(Network):
-    """The encoder: packed token ids in, one vector a token out."""
+    """The encoder: packed token ids in, one vector per token out."""
 
     config: GteConfig
 
@@ -37,7 +38,7 @@ class Gte(Network):
         self.encoder = Encoder(config)
 
     def forward(self, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
-        """Returns (T, C), in the weights' dtype. With `rows` (B,), the index of one token a sequence, returns only
+        """Returns (T, C), in the weights' dtype. With `rows` (B,), the index of one token per sequence, returns only
         those, (B, C), and the last layer skips the others. Raises ValueError for ids outside the tables."""
         check_batch(batch, self.config, rows)
         config = self.config
@@ -62,7 +63,7 @@ class Embeddings(nn.Module):
         self.LayerNorm = LayerNorm(C, config.layer_norm_eps, bias=True)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        # The table may be narrower than the rest: it stays as the checkpoint stores it, mapped from the file.
+        # The table's dtype may be narrower than the layers': the table stays as the checkpoint's file stores it.
         x = self.word_embeddings(batch.input_ids).to(self.LayerNorm.weight.dtype)
         types = self.token_type_embeddings
         if types is not None:
@@ -81,7 +82,7 @@ class Encoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """Post-norm: attention, then a gated MLP, each added to its input, and the sum normalised."""
+    """Post-norm: attention, then a gated MLP. Each is added to its input, and the sum is normalised."""
 
     def __init__(self, config: GteConfig):
         super().__init__()
@@ -98,7 +99,7 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections: what is between them is `layers.attend`."""
+    """The two projections. `layers.attend` is what lies between them."""
 
     def __init__(self, config: GteConfig):
         super().__init__()
@@ -109,7 +110,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GeGLU the other way round: up_gate_proj's second half is activated, its first half is the factor."""
+    """GeGLU with its halves exchanged: the second half of up_gate_proj is activated, and multiplied by the first
+    half."""
 
     def __init__(self, config: GteConfig):
         super().__init__()
@@ -123,7 +125,7 @@ class MLP(nn.Module):
 
 
 class PostNorm(nn.Module):
-    """norm(projection(x) + residual), a LayerNorm or an RMSNorm."""
+    """norm(projection(x) + residual), by a LayerNorm or an RMSNorm."""
 
     def __init__(self, config: GteConfig):
         super().__init__()
@@ -178,7 +180,7 @@ class GteSequenceClassifier(Network):
         self.classifier = classifier(config)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Logits (B, labels), of the first token."""
+        """Logits (B, labels), from the first token."""
         check_batch(batch, self.config)
         return self.classifier(self.pooler(self.model(batch, pooling.rows(batch, ["cls"]))))
 
@@ -205,7 +207,7 @@ class GteTokenClassifier(Network):
 
 # ---- config.json ----
 
-# What Alibaba's NewConfig has and transformers' GteConfig doesn't: a file with one of them speaks the older dialect.
+# Keys that only Alibaba's NewConfig has: a file with one of these is in the older dialect.
 _NEW_CONFIG_KEYS = (
     "rope_theta",
     "rope_scaling",
@@ -220,7 +222,7 @@ _NEW_CONFIG_KEYS = (
 
 @dataclass(frozen=True)
 class GteConfig(Config):
-    """A GTE v1.5 encoder, Alibaba's "NewModel", in any of its dialects; fields keep NewConfig's names and defaults."""
+    """A GTE v1.5 encoder, Alibaba's "NewModel", in any of its dialects. Fields keep NewConfig's names and defaults."""
 
     MODEL_TYPES: ClassVar[tuple[str, ...]] = ("new", "gte")
 
@@ -245,7 +247,8 @@ class GteConfig(Config):
 
     @property
     def max_positions(self) -> int | None:
-        """Rows of the table of positions; None: positions are rotations (RoPE), of which there is no end."""
+        """Rows of the table of positions. None: there is no such table, because positions are rotations (RoPE), which
+        have no limit."""
         return self.max_position_embeddings if self.position_embedding_type == "absolute" else None
 
     def facts(self) -> dict[str, Any]:
@@ -261,12 +264,12 @@ class GteConfig(Config):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> GteConfig:
-        """Reads a parsed config.json of model_type "new" or "gte": NewConfig's (also as transformers 5 saves it again)
-        or transformers' own GteConfig, which has other defaults.
+        """Reads a parsed config.json of model_type "new" or "gte". It is Alibaba's NewConfig (also as transformers 5
+        saves it again), or transformers' own GteConfig, which has other defaults.
 
-        Ignored are unknown keys, and those that change no number: dropouts, initializer_range, ids of special tokens,
+        Ignored are unknown keys, and keys that change no number: dropouts, initializer_range, ids of special tokens,
         dtype, is_decoder, chunk_size_feed_forward, attn_implementation, pack_qkv, unpad_inputs,
-        use_memory_efficient_attention. Raises CheckpointError naming the key, the value and what is accepted.
+        use_memory_efficient_attention. Raises CheckpointError, naming the key, the value and what is accepted.
         """
         fields.check_type(raw, cls)
         get = Reader(raw)
@@ -303,7 +306,7 @@ class GteConfig(Config):
             type_vocab_size=get.whole("type_vocab_size", 1, least=0),
             layer_norm_type=norm_type,
             layer_norm_eps=get.number("layer_norm_eps", 1e-12),
-            # transformers' own class ignores the key, which files converted from BERT's still have.
+            # transformers' own class ignores this key, which files that were converted from BERT's still have.
             position_embedding_type="rope"
             if native
             else get.choice("position_embedding_type", "rope", ("rope", "absolute")),
@@ -320,13 +323,13 @@ class GteConfig(Config):
 
 
 def _is_native(get: Reader) -> bool:
-    """Whether a config is transformers' GteConfig, rather than Alibaba's NewConfig, whose defaults differ. Both call
-    themselves "gte"; "new" is the latter's alone."""
+    """Whether a config is transformers' GteConfig. If not, it is Alibaba's NewConfig, whose defaults differ. Both use
+    the model_type "gte". Only NewConfig uses "new"."""
     if get.raw["model_type"] == "new":
         return False
     given = get.mapping("rope_parameters") or get.mapping("rope_scaling")
     types = {shown(given[key]) for key in ("rope_type", "type") if given.get(key) is not None}
-    # (By their repr: a stranger's value may not be hashable.) NewConfig's code knows no other type than ntk.
+    # NewConfig's code knows no other type than ntk. (Compared by repr, because a stranger's value may not be hashable.)
     if get.mapping("rope_parameters") or types & {repr(known) for known in ROPE_TYPES if known != "default"}:
         return repr("ntk") not in types
     if any(get.raw.get(key) is not None for key in _NEW_CONFIG_KEYS):
@@ -365,6 +368,7 @@ def _gte_rope(get: Reader, native: bool, longest: int, head_dim: int) -> Rope:
 # transformers' GteModel has names of its own, though it saves Alibaba's ("new.gte.": a head that it loaded from there).
 NAMES = Names(
     table="embeddings.word_embeddings.weight",
+    decoder="lm_head.decoder.weight",
     prefixes=("new.gte.", "new.", "gte.", "model.", ""),
     parts=("embeddings", "encoder", "layers"),
     renames={

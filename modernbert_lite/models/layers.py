@@ -1,4 +1,5 @@
-"""What the families share of the network: norms, tables, attention between its projections, classifiers' last layer."""
+"""What the families' networks share: norms, tables, attention between its projections, the last layer of
+classifiers."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from .fields import Config
 
 
 class Network(nn.Module):
-    """An encoder, or a head on one (its `model`). A PackedBatch goes in. `requires_grad_` raises TypeError if the
-    weights are packed for inference."""
+    """An encoder, or a head on an encoder (which is then `model`). It is called with a PackedBatch. `requires_grad_`
+    raises TypeError if the weights are packed for inference."""
 
     def requires_grad_(self, requires_grad: bool = True) -> Network:
         if requires_grad and any(isinstance(module, PackedLinear) for module in self.modules()):
@@ -25,17 +26,18 @@ class Network(nn.Module):
 
 
 class MaskedLanguageModel(Network):
-    """A head that gives logits, on `model`, the encoder."""
+    """A head that gives logits. The encoder is `model`."""
 
     model: nn.Module
 
     def forward(self, batch: PackedBatch, positions: Tensor | None = None) -> Tensor:
-        """Logits (T, V); or only those of the tokens at `positions` (M,), (M, V): V is large, [MASK]s are few."""
+        """Logits (T, V). With `positions` (M,), the logits of only those tokens, (M, V): V is large, and [MASK]s are
+        few."""
         x = self.model(batch)
         return self.logits(x if positions is None else x[positions])
 
     def logits(self, x: Tensor) -> Tensor:
-        """(M, C) of the encoder -> (M, V)."""
+        """The encoder's vectors (M, C) -> (M, V)."""
         raise NotImplementedError
 
 
@@ -51,7 +53,8 @@ class LayerNorm(nn.Module):
 
 
 def table(rows: int, width: int) -> nn.Embedding:
-    """Zeros, to be loaded over: drawing random numbers on the meta device imports torch's compiler, 1.4 s."""
+    """A table of zeros, which loading writes over. Random numbers on the meta device would import torch's compiler: 1.4
+    s."""
     return nn.Embedding(rows, width, _weight=torch.zeros(rows, width))
 
 
@@ -64,9 +67,9 @@ def attend(
     window_size: tuple[int, int] = (-1, -1),
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Attention up to the output projection: x (T, C) -> (T, H * D). Wqkv projects to the heads of q, of k, of v;
-    `heads` is H. With `rows` (B,), the index of one token a sequence, only those tokens ask, without a window:
-    (B, H * D)."""
+    """Attention up to the output projection: x (T, C) -> (T, H * D). Wqkv projects to the heads of q, then of k, then
+    of v; `heads` is H. With `rows` (B,), the index of one token per sequence, only those tokens are queries, and see
+    their whole sequence: (B, H * D)."""
     if rows is None:
         qkv = Wqkv(x).unflatten(1, (3 * heads, -1))  # (T, 3 H, D)
         return ops.attention(qkv, heads, batch, window_size, turn, Wqkv.coarse).flatten(1)

@@ -27,7 +27,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class ModernBert(Network):
-    """The encoder: packed token ids in, one vector a token out."""
+    """The encoder: packed token ids in, one vector per token out."""
 
     config: ModernBertConfig
 
@@ -39,7 +39,7 @@ class ModernBert(Network):
         self.final_norm = _norm(config)
 
     def forward(self, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
-        """Returns (T, C), in the weights' dtype. With `rows` (B,), the index of one token a sequence, returns only
+        """Returns (T, C), in the weights' dtype. With `rows` (B,), the index of one token per sequence, returns only
         those, (B, C), and the last layer skips the others. Raises ValueError for ids outside the vocabulary."""
         check_batch(batch, self.config, rows)
         config = self.config
@@ -66,7 +66,7 @@ class Embeddings(nn.Module):
         self.norm = _norm(config)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        # The table may be narrower than the rest: it stays as the checkpoint stores it, mapped from the file.
+        # The table's dtype may be narrower than the layers': the table stays as the checkpoint's file stores it.
         return self.norm(self.tok_embeddings(input_ids).to(self.norm.weight.dtype))
 
 
@@ -75,21 +75,22 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModernBertConfig, index: int):
         super().__init__()
-        # The embeddings were normalised already, so layer 0 has no attn_norm (and the checkpoint no weight for it).
+        # Layer 0 has no attn_norm, and the checkpoint has no weight for one: the embeddings are normalised already.
         self.attn_norm = nn.Identity() if index == 0 else _norm(config)
         self.attn = Attention(config, index)
         self.mlp_norm = _norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, batch: PackedBatch, turn: Turn, rows: Tensor | None = None) -> Tensor:
-        # The residual is added inside Wo, because fast backends fuse it: x + attn(..), x + mlp(..).
+        # x + attn(..), x + mlp(..): the residual is added inside Wo, because fast backends fuse the addition.
         normed = self.attn_norm(x)
         x = self.attn(normed, batch, turn, x if rows is None else x[rows], rows)
         return self.mlp(self.mlp_norm(x), residual=x)
 
 
 class Attention(nn.Module):
-    """Over the whole sequence, or a window of `local_attention // 2` tokens on each side, as `layer_types` says."""
+    """Attention over the whole sequence, or over `local_attention // 2` tokens on each side: `layer_types` says
+    which."""
 
     def __init__(self, config: ModernBertConfig, index: int):
         super().__init__()
@@ -104,7 +105,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GeGLU (arXiv 2002.05202): Wi's first half is activated, its second half is the gate."""
+    """GeGLU (arXiv 2002.05202): the first half of Wi is activated, and the second half is the gate."""
 
     def __init__(self, config: ModernBertConfig):
         super().__init__()
@@ -153,7 +154,7 @@ class MaskedLM(MaskedLanguageModel):
 
 
 class Classifier(Network):
-    """What the two classifiers share: their modules, which have the same names in a checkpoint."""
+    """The modules that both classifiers have, under the same names in a checkpoint."""
 
     def __init__(self, config: ModernBertConfig):
         super().__init__()
@@ -165,7 +166,8 @@ class Classifier(Network):
 
 class SequenceClassifier(Classifier):
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Logits (B, labels): pooled first (by the config's `classifier_pooling`), then head and classifier."""
+        """Logits (B, labels). Token vectors are pooled (by the config's `classifier_pooling`), then go through head and
+        classifier."""
         check_batch(batch, self.config)
         mode = self.config.classifier_pooling
         if mode == "cls":
@@ -189,7 +191,8 @@ _ROPE_160_000, _ROPE_10_000 = Rope(160_000.0), Rope(10_000.0)
 
 @dataclass(frozen=True)
 class ModernBertConfig(Config):
-    """Everything that a ModernBERT checkpoint may vary; fields keep Hugging Face's names, defaults are the base's."""
+    """Everything in which ModernBERT checkpoints differ. Fields keep Hugging Face's names; defaults are
+    ModernBERT-base's."""
 
     MODEL_TYPES: ClassVar[tuple[str, ...]] = ("modernbert",)
 
@@ -215,7 +218,7 @@ class ModernBertConfig(Config):
         return len(self.layer_types)
 
     def window_size(self, layer: int) -> tuple[int, int]:
-        """(left, right) of a layer, inclusive; (-1, -1) is unlimited. local_attention 128 -> (64, 64)."""
+        """(left, right) of a layer, inclusive; (-1, -1) is unlimited. local_attention 128 gives (64, 64)."""
         if self.layer_types[layer] == FULL:
             return -1, -1
         return self.local_attention // 2, self.local_attention // 2
@@ -233,11 +236,11 @@ class ModernBertConfig(Config):
     def from_dict(cls, raw: Mapping[str, Any]) -> ModernBertConfig:
         """Reads a parsed config.json of transformers 4.48 (theta keys), 5 (`layer_types`, `rope_parameters`) or both.
 
-        Ignored are unknown keys, and those that change no number of transformers 5's network: dropouts,
+        Ignored are unknown keys, and keys that change no number in transformers 5's network. Those are dropouts,
         initializer_*, ids of special tokens, sparse_*, deterministic_flash_attn, dtype, is_decoder,
-        chunk_size_feed_forward, attn_implementation; `truncate` of YaRN and `original_max_position_embeddings` beside
-        the layers' kinds, which it reads for other models; layer_norm_eps, position_embedding_type and rope_theta,
-        which are other models'. Raises CheckpointError naming the key, the value and what is accepted.
+        chunk_size_feed_forward and attn_implementation; YaRN's `truncate`, and `original_max_position_embeddings`
+        beside the kinds of layers, which transformers reads for other models; and other models' layer_norm_eps,
+        position_embedding_type and rope_theta. Raises CheckpointError, naming the key, the value and what is accepted.
         """
         fields.check_type(raw, cls)
         get = Reader(raw)
@@ -278,13 +281,13 @@ class ModernBertConfig(Config):
 
 
 def _local_attention(get: Reader) -> int:
-    """The whole window. transformers 5 lets `sliding_window`, half of it, win over `local_attention`."""
+    """The whole window. In transformers 5 `sliding_window`, half of it, wins over `local_attention`."""
     whole = get.whole("local_attention", 128, least=0)
     return whole if get.raw.get("sliding_window") is None else 2 * get.whole("sliding_window", 64, least=0)
 
 
 def _layer_types(get: Reader, layers: int) -> tuple[str, ...]:
-    """`layer_types` if present; else every n-th layer, from layer 0, is global."""
+    """`layer_types` if present; else every n-th layer, counted from layer 0, is global."""
     types = get.raw.get("layer_types")
     if types is None:
         every = get.whole("global_attn_every_n_layers", 3)
@@ -298,7 +301,8 @@ def _layer_types(get: Reader, layers: int) -> tuple[str, ...]:
 
 
 def _rope(get: Reader, kind: str, head_dim: int) -> Rope:
-    """RoPE of one kind of layer: rope_parameters[kind], then rope_scaling (both kinds), then the theta keys."""
+    """RoPE of one kind of layer. rope_parameters[kind] comes first, then rope_scaling (for both kinds), then the theta
+    keys."""
     per_kind, scaling = get.mapping("rope_parameters"), get.mapping("rope_scaling")
     if set(per_kind) - {FULL, SLIDING}:
         raise CheckpointError(
@@ -337,6 +341,7 @@ FAMILY = Family(
     },
     names=Names(
         table="embeddings.tok_embeddings.weight",
+        decoder="decoder.weight",
         prefixes=("model.", ""),
         parts=("embeddings", "layers", "final_norm"),
     ),

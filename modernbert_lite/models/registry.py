@@ -1,4 +1,4 @@
-"""The families, and what is found by a name of theirs: a new family is a file, and its row in FAMILIES."""
+"""The list of families, and what is looked up in it. A new family is a file, and its row in FAMILIES."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .fields import Config, Family
 
 FAMILIES: list[Family] = [modernbert.FAMILY, gte.FAMILY]
 
-# What runs an architecture for its user, by the end of its name.
+# The class of this package that runs an architecture, by the end of the architecture's name.
 _USES = {
     "Model": "Embedder",
     "ForMaskedLM": "FillMask",
@@ -29,20 +29,21 @@ def read_config(
     *,
     read: Callable[[Path], Mapping[str, Any]] = read_json,
 ) -> Config:
-    """`folder`/config.json, with the keys of `overrides` instead of its own. read: what parses the file. Raises
-    CheckpointError for a missing, malformed or unsupported one."""
+    """Reads `folder`/config.json. The keys of `overrides` win over those of the file. read: parses the file. Raises
+    CheckpointError for a missing, malformed or unsupported config."""
     path = Path(folder) / "config.json"
     if not is_there(path):
         raise CheckpointError(f"no config.json in {folder}: not a checkpoint folder")
+    raw = {**read(path), **(overrides or {})}
     try:
-        return config_of({**read(path), **(overrides or {})})
+        return config_of(raw)
     except CheckpointError as error:
         also = f", with {', '.join(overrides)} of sentence_bert_config.json" if overrides else ""
         raise CheckpointError(f"{path}{also}: {error}") from None
 
 
 def config_of(raw: Mapping[str, Any]) -> Config:
-    """A parsed config.json, read by the family of its model_type."""
+    """Reads a parsed config.json by the family of its model_type."""
     model_type = raw.get("model_type")
     for each in FAMILIES:
         if isinstance(model_type, str) and model_type in each.config.MODEL_TYPES:
@@ -63,7 +64,7 @@ def family_of(network: nn.Module) -> Family:
 
 
 def encoder_class(config: Config) -> type[nn.Module]:
-    """The encoder alone, whatever stands on it in the checkpoint."""
+    """The class of the encoder alone, whatever head the checkpoint has."""
     return family(config).encoder
 
 
@@ -74,12 +75,13 @@ def encoder_of(network: nn.Module) -> nn.Module:
 
 
 def head_class(config: Config, end: str) -> type[nn.Module]:
-    """The network of that end ("ForMaskedLM") on the config's encoder, whatever `architectures` says."""
+    """The class of the network that ends in `end` ("ForMaskedLM") in the config's family, whatever `architectures`
+    says."""
     return family(config).heads[end]
 
 
 def architectures() -> dict[str, type[nn.Module]]:
-    """Every name that `architectures` of a config.json may hold, and its network."""
+    """Every name that `architectures` of a config.json may hold, and its class."""
     return {
         f"{prefix}{end}": network
         for each in FAMILIES
@@ -89,7 +91,7 @@ def architectures() -> dict[str, type[nn.Module]]:
 
 
 def network_class(architecture: str) -> type[nn.Module]:
-    """The network that `architectures` of a config.json names. Raises CheckpointError for an unknown one."""
+    """The class that `architectures` of a config.json names. Raises CheckpointError for an unknown name."""
     known = architectures()
     if architecture not in known:
         raise CheckpointError(
@@ -100,8 +102,8 @@ def network_class(architecture: str) -> type[nn.Module]:
 
 
 def use(architecture: str) -> str:
-    """The class that runs it for its user (a sequence classifier has two: Classifier and Reranker); "load_model" where
-    there is none. Of an unknown architecture the encoder can be run."""
+    """The class of this package that runs the architecture. (A sequence classifier has two: Classifier and Reranker.)
+    "load_model" if there is none. Of an unknown architecture, Embedder can run the encoder."""
     if architecture not in architectures():
         return "Embedder"
     return next((name for end, name in _USES.items() if architecture.endswith(end)), "load_model")

@@ -9,7 +9,7 @@ from ..reading import CheckpointError, Reader, shown
 
 # transformers' `ROPE_INIT_FUNCTIONS`, and plain RoPE.
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-# What a type can't do without. (YaRN's factor is the ratio of the two lengths where there is none.)
+# The values that a type needs. (YaRN can do without a factor: it is the ratio of the two lengths.)
 _NEEDED = {
     "ntk": ("factor",),
     "linear": ("factor",),
@@ -22,10 +22,10 @@ _NEEDED = {
 def read_rope(
     read: Reader, theta: float, known: tuple[str, ...], name: str, *, longest: int, head_dim: int, truncate: bool = True
 ) -> Rope:
-    """A type and its values as transformers reads them; keys that the type has no use for are ignored.
+    """Reads a RoPE type and its values as transformers does. Keys that the type doesn't use are ignored.
 
     name: for messages, with {} where the type goes. longest: max_position_embeddings. Raises CheckpointError for a type
-    that is not `known`, for a value that is missing or of a wrong type, and where no finite number would come out.
+    that is not `known`, for a value that is missing or of a wrong type, and for values that give infinite numbers.
     """
     rope_type = read.raw.get("rope_type") or read.raw.get("type") or "default"
     if rope_type not in known:
@@ -92,7 +92,7 @@ def _allowed(key: str) -> str:
 
 
 def _beta(read: Reader, key: str, default: float) -> float:
-    """transformers takes 0 for "not given"."""
+    """transformers takes 0 as "not given"."""
     return default if read.raw.get(key) == 0 and read.raw[key] is not False else read.number(key, default)
 
 
@@ -113,7 +113,7 @@ def _yarn_attention_factor(read: Reader, factor: float) -> float:
 
 
 def _longrope_attention_factor(read: Reader, factor: float, original: int) -> float:
-    """sqrt(1 + ln(factor) / ln(original length)): arXiv 2402.13753 as transformers has it."""
+    """sqrt(1 + ln(factor) / ln(original length)): arXiv 2402.13753, in transformers' form."""
     if factor <= 1 or read.raw.get("attention_factor") is not None:
         return 1.0
     if original == 1:
@@ -122,5 +122,5 @@ def _longrope_attention_factor(read: Reader, factor: float, original: int) -> fl
 
 
 def describe_rope(rope: Rope) -> str:
-    """In a few words, for people."""
+    """The type in a few words, for `info`."""
     return rope.type if rope.type == "default" else f"{rope.type}, factor {rope.factor:g}"

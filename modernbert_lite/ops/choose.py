@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: by the tensor's device, by the machine, or as the user says."""
+"""Which implementation of an operation runs: chosen by the tensor's device, by the machine, or by the user."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _used: tuple[Twins, ...] = ()
 
 
 def op(reference: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Makes a plain function an operation: its twins of the same name are asked first, in the order of `using`, then
-    cpu.py's or gpu.py's. A twin has the same signature, and returns None for what it doesn't do. The plain function is
+    """Makes a plain function an operation. A call asks the twins of the same name first: those of `using`, then the one
+    in cpu.py or gpu.py. A twin has the same signature, and returns None for what it doesn't do. The plain function is
     the specification, the fallback, and (as `.reference`) the tests' oracle."""
     name = reference.__name__
 
@@ -55,8 +55,8 @@ def op(reference: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 @contextmanager
 def using(twins: Twins) -> Iterator[None]:
-    """Puts twins, by name of operation, before all others: `with using({"attention": padded_attention}): ..`. For all
-    of the process, until the block ends. The innermost of several comes first."""
+    """Asks these twins (by name of operation) before all others: `with using({"attention": padded_attention}): ..`. It
+    holds for the whole process until the block ends. Of nested blocks, the innermost is asked first."""
     global _used
     before = _used
     _used = (twins, *before)
@@ -67,7 +67,7 @@ def using(twins: Twins) -> Iterator[None]:
 
 
 def wanted() -> str:
-    """MODERNBERT_LITE_BACKEND. Raises OptionError for a name that is unknown."""
+    """The value of MODERNBERT_LITE_BACKEND. Raises OptionError for an unknown name."""
     name = os.environ.get("MODERNBERT_LITE_BACKEND") or "auto"
     if name not in BACKENDS:
         raise OptionError(f"MODERNBERT_LITE_BACKEND is {name!r}; it must be one of {', '.join(BACKENDS)}")
@@ -76,7 +76,7 @@ def wanted() -> str:
 
 @constant
 def _wing(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Whose twins are asked: "cpu", "gpu", or nobody's."""
+    """Which twins are asked: "cpu", "gpu", or None."""
     name = wanted()
     if name == "torch" or dtype not in FLOATS:
         return None
@@ -87,7 +87,7 @@ def _wing(device: torch.device, dtype: torch.dtype) -> str | None:
             return "gpu"
         _warn_of_no_gpu(device.type)
         return None
-    # torch.compile has its own use of oneDNN.
+    # torch.compile uses oneDNN in its own way.
     return "cpu" if device.type == "cpu" and not torch.compiler.is_compiling() else None
 
 
@@ -100,13 +100,13 @@ def _warn_of_no_gpu(device: str) -> None:
 
 
 def backend(op: str, x: Tensor) -> str:
-    """The backend that runs `op` on a tensor like `x`, "onednn", "triton" or "torch", unless its twin declines for
-    another reason than device and dtype. "linear" is oneDNN's where packing a weight pays."""
+    """The backend that runs `op` on a tensor like `x`: "onednn", "triton" or "torch". A twin may still decline for
+    another reason than device and dtype. "linear" is oneDNN's only where packing a weight pays."""
     return backend_for(op, x.device, x.dtype)
 
 
 def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`backend` for tensors that aren't made yet. Raises OptionError for an unknown MODERNBERT_LITE_BACKEND."""
+    """`backend` for tensors that don't exist yet. Raises OptionError for an unknown MODERNBERT_LITE_BACKEND."""
     wing = _wing(device, dtype)
     if wing == "cpu":
         from . import cpu

@@ -1,5 +1,5 @@
-"""The CPU's twins of the operations: fp32 inside attention and norms, local attention as batched products, long global
-attention as oneDNN's products in chunks."""
+"""The CPU's twins of the operations. Attention and norms are computed in fp32, local attention as batched products, and
+long global attention as oneDNN's products in chunks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .reference import row_attention as row_attention_of
 from .rope import Turn
 from .tracing import wants_gradient
 
-_QUERIES, _KEYS = 512, 128  # of a chunk; what the number of keys is filled up to a multiple of
+_QUERIES, _KEYS = 512, 128  # queries per chunk; the number of keys is padded to a multiple of this
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> Tensor | None:
-    """Of a residual stream that packed products keep in fp32 (`onednn.linear`), while the weights are in 16 bits: the
+    """For a network in 16 bits whose residual stream is fp32 (packed products keep it so, see `onednn.linear`): the
     norm is computed in fp32, and the result has the weights' dtype."""
     if x.dtype != torch.float32 or weight.dtype == torch.float32:
         return None
@@ -40,8 +40,8 @@ def attention(
     turn: Turn | None = None,
     coarse: bool = False,
 ) -> Tensor | None:
-    """In 16 bits the rotation and local attention are computed in fp32: as fast where blocks are small, and scores are
-    not rounded. Long global attention goes on in the dtype that qkv came in."""
+    """In 16 bits, the rotation and local attention are computed in fp32. Small blocks take no longer so, and scores are
+    not rounded. Long global attention stays in the dtype of qkv."""
     if wants_gradient(qkv):
         return None
     dtype = qkv.dtype
@@ -73,19 +73,18 @@ def attention(
 
 
 def row_attention(q: Tensor, kv: Tensor, rows: Tensor, batch: PackedBatch, turn: Turn | None = None) -> Tensor | None:
-    """In fp32, as `attention` is."""
+    """In 16 bits, computed in fp32, as in `attention`."""
     if q.dtype == torch.float32 or turn is None or wants_gradient(q, kv):
         return None
     return row_attention_of(q.float(), kv.float(), rows, batch, turn).to(q.dtype)
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor) -> None:
-    """A block of queries against the keys that it can see: q (n, H, i, D), k and v (n, H, j, D), mask (i, j) of 0 and
-    -inf, into out (n, H, i, D).
+    """Attention of a block of queries over the keys near it: q (n, H, i, D), k and v (n, H, j, D), mask (i, j) of 0 and
+    -inf. The result goes into out (n, H, i, D).
 
-    Batched products, one sequence at a time so that nothing is copied: twice as fast as the fused attention, which
-    splits a short block into products too small to be fast (Zen 4, fp32, 64 queries x 192 keys: 10 ms to 18 ms at
-    T = 2048).
+    Batched products, one sequence at a time so that nothing is copied. They take half the time of torch's fused
+    attention, which splits a short block into slow small products (Zen 4, fp32, 64 x 192, T = 2048: 10 and 18 ms).
     """
     scale = q.shape[-1] ** -0.5
     for qi, ki, vi, to in zip(q, k, v, out, strict=True):
@@ -93,17 +92,17 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor
 
 
 def attends_in_chunks(length: int, dtype: torch.dtype) -> bool:
-    """Whether global attention over this many tokens is faster as `_chunked_attention` than as torch's fused one, whose
-    products are MKL's, in fp32: measured on Zen 4 and 5, bench/LOG.md."""
+    """Whether global attention over this many tokens is faster as `_chunked_attention`. torch's fused attention
+    multiplies by MKL, in fp32. Measured on Zen 4 and 5: bench/LOG.md."""
     if dtype == torch.bfloat16:
         return length >= 1024 and onednn.pays(dtype)
     return dtype == torch.float32 and length >= 4096 and onednn.pays(dtype) and onednn.gain() > 1.8
 
 
 def _chunked_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dtype: torch.dtype) -> None:
-    """Global attention by oneDNN's products in `dtype`, some queries of a head at a time over all its keys, into `out`:
-    all (n, H, S, D)."""
-    # Softmax doesn't see what all keys have in common; without it scores are smaller, and round less.
+    """Global attention by oneDNN's products in `dtype`: some queries of a head at a time, over all keys of that head.
+    q, k, v and `out` are (n, H, S, D)."""
+    # What all keys have in common doesn't change the softmax. Without it scores are smaller, and round less.
     k = k - k.mean(2, keepdim=True)
     q = q * q.shape[-1] ** -0.5
     more = -k.shape[2] % _KEYS  # padding, so that oneDNN meets few sizes: see onednn._blocks

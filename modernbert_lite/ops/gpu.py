@@ -1,7 +1,7 @@
-"""The GPU's twins of the operations: Triton's kernels, on CUDA and HIP devices, and for tests in Triton's interpreter.
+"""The GPU's twins of the operations: Triton's kernels on CUDA and HIP devices, and in tests Triton's interpreter.
 
-Called directly in inference; through torch.library's operators while torch.compile or torch.export traces, or where a
-gradient is asked for. Nothing here waits for the device.
+In inference the kernels are called directly. While torch.compile or torch.export traces, or if a gradient is wanted,
+they are called through torch.library's operators. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ NARROW = 64  # up to this length of the longest sequence all tiles are narrow
 
 @constant
 def works(device: torch.device) -> bool:
-    """Whether Triton runs on this device: it may be missing, or the C compiler that it needs. Tried once, with one
-    warning if it fails; taken for granted while something traces or captures, when nothing can be tried."""
+    """Whether Triton runs on this device. Triton may be missing, or the C compiler that it needs. It is tried once, and
+    warns once if it fails. While something traces or captures, nothing can be tried, so the answer is yes."""
     return _can_not_try(device) or _works(device)
 
 
@@ -50,15 +50,15 @@ def _works(device: torch.device) -> bool:
 
 
 def has_matrix_units(device: torch.device) -> bool:
-    """Whether Triton's products use them: before NVIDIA's Ampere (V100, T4) they would be done one number at a time,
-    and torch's own attention is the faster one. True for AMD's cards and the interpreter."""
+    """Whether Triton's products use matrix units. Before NVIDIA's Ampere (V100, T4) they don't, and torch's own
+    attention is faster. True for AMD's cards and for the interpreter."""
     return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @constant
 def attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the attention kernel takes such heads here. Tried once, as `works` is: a card may have too little shared
-    memory for it."""
+    """Whether the attention kernel runs here with heads of this size. It is tried once, as in `works`: a card may have
+    too little shared memory."""
     from ..kernels import attention as kernel
 
     if head_dim not in kernel.HEAD_DIMS or not has_matrix_units(device):
@@ -81,17 +81,16 @@ def _attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """Whether to call the torch.library operator instead of the bare kernel: while torch.compile traces, or if a
-    gradient is wanted."""
+    """Whether to call torch.library's operator, not the bare kernel: while torch.compile traces, or for a gradient."""
     return torch.compiler.is_compiling() or wants_gradient(*tensors)
 
 
-# ---- the twins: None for what they don't do ------------------------------------------------------------------------
+# ---- the twins: None for what they don't do ----
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor | None:
-    """The product is added to the residual on its way out, and rounded once: in 16 bits this saves 4 bytes a number
-    over an addition after the product, which would write the product and read it again."""
+    """The residual is added inside the matrix product, and the sum is rounded once. In 16 bits this saves 4 bytes of
+    traffic per number: an addition after the product would write the product and read it again."""
     if residual is None or bias is not None or not x.is_cuda or not x.dtype == weight.dtype == residual.dtype:
         return None
     if torch.is_autocast_enabled() or wants_gradient(x, weight, residual):
@@ -113,7 +112,8 @@ def geglu(x: Tensor, act: str, swapped: bool = False) -> Tensor | None:
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> Tensor | None:
-    """With a gradient torch's own, whose backward pass is hard to beat at these widths: bench/bench_layer_norm.py."""
+    """With a gradient, torch's own norm is used: its backward pass is hard to beat at these widths
+    (bench/bench_layer_norm.py)."""
     if not _fits_a_program(x) or not works(x.device):
         return None
     if wants_gradient(x, weight, bias, residual) or torch.is_autocast_enabled():
@@ -128,7 +128,7 @@ def layer_norm(
 
 
 def _fits_a_program(x: Tensor) -> bool:
-    """(T, C), rows contiguous and no wider than a Triton program holds."""
+    """(T, C) with contiguous rows, no wider than one Triton program can hold."""
     return x.dim() == 2 and x.stride(1) == 1 and x.shape[1] <= 8192
 
 
@@ -161,7 +161,7 @@ def attention(
 
 
 def can_attend(qkv: Tensor) -> bool:
-    """Whether the kernel takes these heads on this device."""
+    """Whether the kernel takes heads of this size on this device."""
     return works(qkv.device) and attention_works(qkv.device, qkv.dtype, qkv.shape[-1])
 
 
@@ -171,7 +171,7 @@ def _kernel_attention(qkv: Tensor, heads: int, batch: PackedBatch, window_size: 
     left, right = window_size
     block = kernel.block_m(batch.max_seqlen, qkv.dtype, left >= 0 or right >= 0)
     if traced(qkv):
-        # By shape, because len() would fix a traced size.
+        # shape[0], because len() would make a traced size a constant.
         most = qkv.shape[0] // block + batch.cu_seqlens.shape[0] - 1
         table = kernel.device_tiles(batch.cu_seqlens, most, block)
         return kernel.attention_op(qkv, batch.cu_seqlens, table, block, left, right, heads)
@@ -215,18 +215,18 @@ TWINS: Twins = {
 TRITON = tuple(name for name in TWINS if name != "linear")  # what `choose.backend` calls by its name
 
 
-# ---- tiles, and what works here ------------------------------------------------------------------------------------
+# ---- tiles, and what works here ----
 
 
 def blocks(max_seqlen: int, dtype: torch.dtype) -> set[int]:
-    """Queries a tile, of all the tables that a forward pass asks for."""
+    """Queries per tile, for each table of tiles that a forward pass asks for."""
     from ..kernels import attention as kernel
 
     return {kernel.block_m(max_seqlen, dtype, local) for local in (True, False)}
 
 
 def tile_table(batch: PackedBatch, block: int) -> Tensor:
-    """The batch's tiles of `block` queries, on its device: made once, from the lengths on the host."""
+    """The batch's tiles of `block` queries, on its device. They are made once, from the lengths on the host."""
     from ..kernels import attention as kernel
 
     key = ("tiles", block)
@@ -236,8 +236,8 @@ def tile_table(batch: PackedBatch, block: int) -> Tensor:
 
 
 def padded_tile_table(seqlens: Sequence[int], block: int, tokens: int, count: int) -> Tensor:
-    """(count, 4) on the host: the tiles of the sequences, then of the tokens up to `tokens` that no sequence has, which
-    meet no key and become zeros, then empty ones."""
+    """(count, 4), on the host. First come the tiles of the sequences. Then the tiles of the tokens up to `tokens` that
+    belong to no sequence: they see no key and become zeros. Empty tiles fill the rest."""
     from ..kernels import attention as kernel
 
     known = kernel.tiles(seqlens, block)
@@ -247,8 +247,8 @@ def padded_tile_table(seqlens: Sequence[int], block: int, tokens: int, count: in
 
 
 def has_varlen_attn(qkv: Tensor) -> bool:
-    """Whether torch's own attention over packed sequences, which has a gradient, takes this: from torch 2.11 on (with
-    windows), in 16 bits, on NVIDIA's cards from Ampere on."""
+    """Whether torch's own attention over packed sequences, which has a gradient, takes this: from torch 2.11 on (where
+    windows came), in 16 bits, on NVIDIA's cards from Ampere on."""
     return (
         qkv.is_cuda
         and qkv.dtype in (torch.bfloat16, torch.float16)

@@ -1,9 +1,9 @@
-"""CUDA graphs for small batches. A forward pass is some 200 launches, and below about 4,000 tokens the host takes
-longer over them than the card over the work; a graph launches them all at once.
+"""CUDA graphs for small batches. A forward pass is some 200 kernel launches. Below about 4,000 tokens, launching takes
+the host longer than computing takes the card. A graph launches all kernels at once.
 
-A graph is of fixed shapes, so a batch is put into one a little larger: a bucket of (tokens, sequences, whether any
-sequence needs wide tiles). What is added changes nothing: tokens that belong to no sequence, sequences without tokens,
-tiles without queries.
+A graph has fixed shapes, so a batch is copied into a slightly larger one: its bucket (tokens, sequences, whether any
+sequence needs wide tiles). What is added changes no result: tokens that belong to no sequence, sequences without
+tokens, tiles without queries.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ Key = tuple[Hashable, ...]
 
 
 def bucket_of(tokens: int, sequences: int) -> tuple[int, int]:
-    """The shapes that stand for these, never fewer: tokens in steps of at most a quarter, sequences by powers of four.
-    More tokens than sequences, so that a result's length tells of which it is; and where sequences are added a token
-    is, too, which is the first of those that have none.
+    """The bucket's (tokens, sequences), each at least the batch's: tokens in steps of a quarter or less, sequences by
+    fours.
+
+    tokens > sequences always, so a result's length tells whether it is per token or per sequence. Where sequences are
+    added, so is a token: an added sequence starts at a token that exists.
 
     (20, 1) -> (32, 1), (130, 3) -> (160, 4), (64, 4) -> (64, 4), (64, 3) -> (80, 4), (64, 64) -> (80, 64)
     """
@@ -47,13 +49,15 @@ def bucket_of(tokens: int, sequences: int) -> tuple[int, int]:
 
 
 class Graphed:
-    """`forward` of a network, replayed from CUDA graphs where that is faster and the same; called as it is elsewhere.
+    """Calls `forward` of a network, by replaying a CUDA graph where that is faster, elsewhere as it is.
 
-    network: its `config` has vocab_size; its weights may be written to or replaced, its modules may not; hooks don't
-    run in a replay. forward: called with a PackedBatch and hashable arguments, gives a tensor of a row a token or a row
-    a sequence; default: the network itself. Batches of up to max_tokens are captured when their bucket is seen for the
-    second time. At most max_graphs are kept, which share one stream and one memory pool; when there are more they all
-    go, and a bucket must then be seen twice as often. Results are copies. Threads may call it; they take turns.
+    network: its `config` has vocab_size. Its weights may be written to or replaced, its modules may not. Hooks don't
+    run in a replay. forward: called with a PackedBatch and hashable arguments; it returns a tensor with one row per
+    token or one row per sequence. Default: the network itself.
+
+    A batch of up to max_tokens is captured when its bucket is seen for the second time. At most max_graphs are kept;
+    they share one stream and one memory pool. When there would be more, all are dropped, and from then on a bucket must
+    be seen twice as often before it is captured. Results are copies. Threads may call it; they take turns.
     MODERNBERT_LITE_CUDA_GRAPHS=0 turns it off.
     """
 
@@ -68,7 +72,7 @@ class Graphed:
         self.network = network
         self.forward: Forward = network if forward is None else forward
         self.max_tokens, self.max_graphs = max_tokens, max_graphs
-        # Walking the modules takes longer than a small pass, so only once.
+        # Walking the modules takes longer than a small forward pass, so it is done once.
         self._weights: list[tuple[Any, str]] = [
             (module._parameters, name)
             for module in network.modules()
@@ -77,7 +81,7 @@ class Graphed:
         ]
         self._lock = threading.Lock()
         self._failed = False
-        self._sightings = 2  # of a bucket, before it is captured: it may never come again
+        self._sightings = 2  # how often a bucket is seen before it is captured: most never come again
         self._seen: Counter[Key] = Counter()
         self._graphs: dict[Key, _Graph] = {}
         self._device: _Device | None = None
@@ -87,19 +91,19 @@ class Graphed:
         return tuple((weight.data_ptr(), weight.dtype) for weight in self._tensors())
 
     def _start_anew(self) -> None:
-        """Drops all graphs at once: one that goes alone may take the others' workspace of the matrix library along."""
+        """Drops all graphs at once: dropping one may free the matrix library's workspace that the others use."""
         if self._device is not None:
             self._device.synchronize()
         self._device, self._graphs, self._addresses = None, {}, self._where()
         self._seen.clear()
 
     def __reduce__(self) -> Any:
-        """Copies and pickles begin without graphs."""
+        """Copies and pickles start without graphs."""
         new = functools.partial(type(self), max_tokens=self.max_tokens, max_graphs=self.max_graphs)
         return new, (self.network, None if self.forward is self.network else self.forward)
 
     def __call__(self, batch: PackedBatch, *arguments: Hashable) -> Tensor:
-        """forward(batch, *arguments), with its errors."""
+        """forward(batch, *arguments), and its errors."""
         if not self._applies(batch):
             return self.forward(batch, *arguments)
         check_batch(batch, self._config)  # a replay runs no Python
@@ -119,7 +123,7 @@ class Graphed:
         return (parameters[name] for parameters, name in self._weights)
 
     def _last(self) -> Tensor:
-        """One of the weights, in the dtype that layers compute in: the first, a table, may be narrower."""
+        """A weight in the dtype that layers compute in: the last one. The first one, a table, may be narrower."""
         parameters, name = self._weights[-1]
         return parameters[name]
 
@@ -163,8 +167,8 @@ class Graphed:
 
 
 class _Device:
-    """What the graphs of one Graphed share. Pool and stream go together: the allocator gives memory again on the stream
-    that had it only."""
+    """What the graphs of one Graphed share. Stream and memory pool stay together: the allocator reuses memory only on
+    the stream that it was freed on."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -172,7 +176,7 @@ class _Device:
             self.stream, self.pool, self.done = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.Event()
 
     def wait(self) -> None:
-        """Whichever graph ran last, on any stream, must be done: they share memory."""
+        """Waits for the graph that ran last, on whichever stream: graphs share memory."""
         torch.cuda.current_stream(self.device).wait_event(self.done)
 
     def leave(self) -> None:
@@ -182,11 +186,11 @@ class _Device:
         self.done.synchronize()
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What replays `run`, and the tensor that it then fills."""
+        """Returns a function that replays `run`, and the tensor that each replay fills."""
         graph = torch.cuda.CUDAGraph()
-        # Out of inference mode, because torch keeps tensors of its own in a graph, which it writes to in later replays.
-        # torch captures one graph at a time in a process. The stream is entered here, too, because torch.cuda.graph
-        # doesn't leave it where ending a capture fails.
+        # Not in inference mode: torch keeps tensors of its own in a graph, and writes to them in later replays.
+        # _capturing: torch captures one graph at a time per process. The stream is entered here, too, because
+        # torch.cuda.graph doesn't leave it if ending a capture fails.
         with _capturing, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
@@ -237,7 +241,7 @@ def _static_batch(like: PackedBatch, tokens: int, sequences: int, wide: bool, dt
 
 def _fill(static: PackedBatch, batch: PackedBatch) -> None:
     T, B = len(batch.input_ids), len(batch.seqlens)
-    # The tail of ids and positions keeps what it had: valid ones, of tokens that no sequence has.
+    # The tail keeps its old ids and positions. They are valid, and their tokens belong to no sequence.
     static.input_ids[:T].copy_(batch.input_ids)
     static.position_ids[:T].copy_(batch.position_ids)
     if static.token_type_ids is not None and batch.token_type_ids is not None:

@@ -16,19 +16,20 @@ from .tracing import wants_gradient
 
 
 class Linear(nn.Linear):
-    """x (T, K) -> (T, M). A layer asks its projections for what it needs, since packed weights do some of it at once.
+    """x (T, K) -> (T, M). A layer asks its projection for what it needs (`part`, `gated`, `normed`), because packed
+    weights do some of these in one step.
 
-    parts: 2 where the weight is two matrices of one shape, one above the other, with an activation between their
-    products."""
+    parts: 2 if the weight is two matrices of one shape, one above the other, with an activation between their products.
+    """
 
-    coarse = False  # whether products are those of 8-bit numbers
+    coarse = False  # whether the weight has 8 bits
 
     def __init__(self, in_features: int, out_features: int, bias: bool, parts: int = 1):
         super().__init__(in_features, out_features, bias)
         self.parts = parts
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """With a residual (T, M), which must not be used again: the sum."""
+        """With a residual (T, M): the sum. The caller must not use the residual again."""
         return linear(x, self.weight, self.bias, residual)
 
     def part(self, x: Tensor, rows: slice) -> Tensor:
@@ -40,16 +41,16 @@ class Linear(nn.Linear):
         return geglu(self(x), act, swapped)
 
     def normed(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        """`reference.layer_norm` of the sum with a residual (T, M), which must not be used again."""
+        """`reference.layer_norm` of the result plus a residual (T, M). The caller must not use the residual again."""
         return layer_norm(self(x), weight, bias, eps, residual)
 
 
 class PackedLinear(Linear):
-    """A frozen Linear for inference on a CPU, whose weight is held in oneDNN's layout only. `pack` makes it.
+    """A frozen Linear for inference on a CPU, which holds its weight in oneDNN's layout only. `pack` makes it.
 
-    The weight is no parameter: `weight` gives its numbers as a new plain tensor. A state_dict is that of a Linear, and
-    so is what is pickled. Moved to another device or dtype, or by `unpack`, it is a Linear again; a deepcopy is packed.
-    Gradients reach x and the bias, never the weight: `requires_grad_` is a TypeError.
+    The weight is no parameter: `weight` returns its numbers as a new plain tensor. The state_dict is that of a Linear,
+    and a pickle holds a Linear. Moved to another device or dtype, or after `unpack`, it is a Linear again. A deepcopy
+    is packed. Gradients reach x and the bias, never the weight: `requires_grad_` is a TypeError.
     """
 
     _packed: Any  # of onednn.pack, or onednn.quantize; nothing writes to it
@@ -64,10 +65,10 @@ class PackedLinear(Linear):
         return torch.cat([part.to_dense() for part in self._packed])
 
     def _fits(self, x: Tensor, *others: Tensor | None) -> bool:
-        """Whether oneDNN takes the product: in inference, unless another backend is asked for."""
+        """Whether oneDNN computes the product: in inference, unless another backend is asked for."""
         if wanted() not in ("auto", "onednn"):
             return False
-        if torch.compiler.is_compiling():  # without fullgraph this runs as it is instead
+        if torch.compiler.is_compiling():  # without fullgraph=True torch then runs this layer uncompiled
             raise RuntimeError("packed weights can't be compiled: load the network with packed=False")
         tracked = wants_gradient(x, self.bias, *others) or torch.autograd.forward_ad._current_level >= 0
         return x.dtype == self.dtype and x.dim() == 2 and len(x) > 0 and not tracked
@@ -98,7 +99,7 @@ class PackedLinear(Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
-        """Under `to`, `half`, `cuda`: it stays packed where they change nothing of the weight."""
+        """Called by `to`, `half` and `cuda`. It stays packed if they don't change the weight's device or dtype."""
         result = fn(torch.empty(0, dtype=self.dtype))
         if (result.device.type, result.dtype) != ("cpu", self.dtype):
             self.unpack()
@@ -137,8 +138,7 @@ class PackedLinear(Linear):
 
 
 class Int8Linear(PackedLinear):
-    """The same in 8 bits: each row of the weight is a row of whole numbers of -127 to 127, times its scale. x is
-    fp32."""
+    """A PackedLinear in 8 bits. Each row of the weight has whole numbers from -127 to 127, and a scale. x is fp32."""
 
     coarse = True
 
@@ -166,8 +166,8 @@ class Int8Linear(PackedLinear):
 
 
 def pack(layer: Linear, weight: Tensor | None = None, int8: bool = False) -> None:
-    """Holds a layer's weight, or this one in its place, as suits inference on this CPU, and lets the original go: in
-    oneDNN's layout where that pays; int8: in 8 bits, on any CPU."""
+    """Holds a layer's weight (or `weight` in its place) in the form that suits inference on this CPU, and frees the
+    original. That is oneDNN's layout where it pays, and with int8=True 8 bits on any CPU."""
     weight = layer.weight if weight is None else weight
     if not int8 and not packs(weight.device, weight.dtype):
         layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -179,7 +179,7 @@ def pack(layer: Linear, weight: Tensor | None = None, int8: bool = False) -> Non
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `pack` changes weights that are there, and so."""
+    """Whether `pack` packs a weight of this device and dtype."""
     return backend_for("linear", device, dtype) == "onednn"
 
 

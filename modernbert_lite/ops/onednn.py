@@ -1,7 +1,7 @@
-"""oneDNN's products with packed weights, in fp32, bf16 and int8, and whether they work and pay on this machine.
+"""oneDNN's products with packed weights, in fp32, bf16 and int8; and whether they work and pay on this machine.
 
-The operators are the ones that torch's own compiler emits. Their names are internal, so they are probed once, compared
-with F.linear, and left alone where they are missing or wrong.
+The operators are those that torch's own compiler emits. Their names are internal. So they are probed once and compared
+with F.linear. Where they are missing or wrong, they are not used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..reading import warn
 from .tracing import not_compiled
 
 Activation = Callable[[Tensor], Tensor]
-_BLOCKS = (1024, 512, 256)  # rows of activations that are multiplied at a time; what is left over comes last
+_BLOCKS = (1024, 512, 256)  # rows of activations per product; the last product has the remaining rows
 # The numbers of rows that are multiplied (see _blocks): steps of 4, then of 8, then of 16. Fewer than 4 rows take as
 # long as 4.
 _SIZES = (*range(4, 32, 4), *range(32, 128, 8), *range(128, 257, 16), 512, 1024)
@@ -29,7 +29,7 @@ _TINY = 1e-30  # the scale of a row of zeros
 
 
 class Int8(NamedTuple):
-    """A weight (M, K) in 8 bits: each row is a row of whole numbers of -127 to 127, times its scale."""
+    """A weight (M, K) in 8 bits. Each row holds whole numbers from -127 to 127, and has a scale."""
 
     numbers: Tensor  # (M, K) int8, or the same in oneDNN's layout
     scale: Tensor  # (M,) fp32
@@ -42,14 +42,14 @@ class Int8(NamedTuple):
 
 
 def pack(weight: Tensor, parts: int = 1) -> list[Tensor]:
-    """(M, K) fp32, bf16 or fp16 -> the same numbers in oneDNN's layout, in `parts` of M / parts rows."""
+    """(M, K) fp32, bf16 or fp16 -> the same numbers in oneDNN's layout, in `parts` pieces of M / parts rows."""
     return [torch.ops.mkldnn._reorder_linear_weight(part, None) for part in weight.detach().chunk(parts)]
 
 
 def quantize(weight: Tensor) -> Int8:
-    """(M, K) -> 8 bits, each row scaled by its own largest number; packed where oneDNN's int8 product works."""
-    # Few rows at a time (too few to wait for other threads), and into memory that isn't aligned: freed aligned blocks
-    # don't fit the next ones of their size (glibc), and a network's worth of them stayed.
+    """(M, K) -> 8 bits. Each row is scaled by its own largest number. Packed where oneDNN's int8 product works."""
+    # A few rows at a time: too few for torch to start other threads. The memory is not aligned, because glibc can't
+    # reuse a freed aligned block for the next one of its size: a whole network of them stayed.
     numbers = torch.frombuffer(bytearray(weight.numel()), dtype=torch.int8).view(weight.shape)
     scale = torch.empty(len(weight), dtype=torch.float32, device="cpu")
     step = max(1, 32_768 // weight.shape[1])
@@ -64,8 +64,8 @@ def quantize(weight: Tensor) -> Int8:
 
 @not_compiled
 def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """x (T, K) @ the parts, one above the other (M, K)^T + bias + residual (T, M) -> (T, M). With a residual the result
-    is fp32, whatever x is in: small sums added to a large one would be lost in 16 bits."""
+    """x (T, K) @ weight (M, K)^T + bias + residual (T, M) -> (T, M). parts: the weight's rows, in one or several packed
+    pieces. With a residual the result is fp32, whatever x's dtype: a large sum in 16 bits would lose small numbers."""
     products = _products(x, parts, bias)
     if len(x) <= 256 or len(x) in _BLOCKS:  # nothing to put together
         ((_, y),) = products
@@ -89,7 +89,7 @@ def gated(
     act: str,
     function: Activation,
 ) -> Tensor:
-    """act(x @ activated (N, K)^T) * (x @ gate (N, K)^T) -> (T, N). biases: of the two. function: what computes act."""
+    """act(x @ activated (N, K)^T) * (x @ gate (N, K)^T) -> (T, N). biases: of both products. function: computes act."""
     out = x.new_empty(len(x), len(gate))
     for rows, block in _blocks(x):
         first = (
@@ -127,7 +127,7 @@ def gated_int8(x: Tensor, weight: Int8, bias: Tensor | None, function: Activatio
 
 
 def _products(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """x (T, K) @ the parts^T + bias, some rows at a time: which, and their (n, M)."""
+    """x (T, K) @ weight^T + bias, one block of rows at a time. Yields the rows, and their product (n, M)."""
     biases = [None] * len(parts) if bias is None else bias.chunk(len(parts))
     for rows, block in _blocks(x):
         ys = [multiply(block, part, b) for part, b in zip(parts, biases, strict=True)]
@@ -135,10 +135,11 @@ def _products(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Iterat
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """x (T, K) in blocks: the slice, and its rows. Zeros fill the last block up to one of _SIZES.
+    """Yields blocks of x (T, K): the slice, and its rows. Zeros pad the last block to one of _SIZES.
 
-    For every number of rows that oneDNN meets with a weight's shape it builds kernels, 0.5 to 1 ms and half a megabyte
-    that it keeps. Ragged texts bring a new number of tokens with nearly every batch."""
+    oneDNN builds kernels for each pair of a weight's shape and a number of rows. Each takes 0.5 to 1 ms to build, and
+    keeps half a megabyte. Nearly every batch of ragged texts has a new number of tokens.
+    """
     for rows in _slices(len(x)):
         yield rows, _with_spare_rows(x[rows])
 
@@ -153,8 +154,8 @@ def _slices(count: int) -> Iterator[slice]:
 
 
 def _with_spare_rows(x: Tensor) -> Tensor:
-    """(n, K), n up to 256, or one of _BLOCKS -> (the next of _SIZES, K), contiguous. (A strided x goes through loops
-    without vectors, a thousand times slower.)"""
+    """(n, K) -> (next of _SIZES, K), contiguous. n is at most 256, or one of _BLOCKS. (oneDNN multiplies a strided x
+    without vector instructions, a thousand times slower.)"""
     spare = _SIZES[bisect_left(_SIZES, len(x))] - len(x)
     return F.pad(x, (0, 0, 0, spare)) if spare else x.contiguous()
 
@@ -165,10 +166,10 @@ def multiply(x: Tensor, packed: Tensor, bias: Tensor | None, post: str = "none")
 
 
 def _quantized_rows(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """x (T, K) fp32, some rows at a time: which, their numbers (n, K) uint8, 128 standing for 0, and scales (n, 1).
+    """Blocks of x (T, K) fp32: the rows, their numbers (n, K) uint8 (128 stands for 0) and their scales (n, 1).
 
-    A scale a row, not a batch: a text's numbers don't depend on the texts beside it. Unsigned, because oneDNN's
-    products of signed activations were seen to hang.
+    The scale is per row, not per batch: a text's numbers don't depend on the texts beside it. The numbers are unsigned,
+    because oneDNN's products of signed activations were seen to hang.
     """
     for rows in _slices(len(x)):
         part = x[rows]
@@ -189,12 +190,12 @@ def _int8_product(numbers: Tensor, weight: Int8) -> Tensor:
 
 @functools.cache
 def pays(dtype: torch.dtype) -> bool:
-    """Whether to pack weights of the dtype here: the operators are there and agree, and are faster than F.linear.
+    """Whether to pack weights of this dtype here: the operators are there, are right, and are faster than F.linear.
 
-    In 16 bits torch's own product is oneDNN's too, with the weight packed anew for every call. In fp32 it is MKL's,
-    which is written for Intel: on AMD packing measured 1.1x (Zen 4) and 2.3x (Zen 5), more for short batches
-    (bench/LOG.md). Elsewhere a few milliseconds of multiplying decide, and a gain must be large enough that noise
-    doesn't make one: two processes of a machine are to give the same numbers.
+    In 16 bits torch's own product is oneDNN's too, but packs the weight anew for every call. In fp32 torch's product is
+    MKL's, which is written for Intel. On AMD packing is 1.1 times (Zen 4) to 2.3 times (Zen 5) as fast, and more for
+    short batches (bench/LOG.md). On other CPUs a few milliseconds of measuring decide. The gain that is asked for is
+    large, so that noise can't make one: two processes on one machine must give the same numbers.
     """
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled or not works(dtype):
         return False
@@ -204,7 +205,7 @@ def pays(dtype: torch.dtype) -> bool:
 @functools.cache
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def works(dtype: torch.dtype) -> bool:
-    """Probes the internal operators once on a small product; warns and says no where they fail or differ."""
+    """Probes the internal operators once, on a small product. Warns if they fail or give other numbers."""
     fp32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
     x, weight = torch.linspace(-1, 1, 21, **fp32).view(3, 7), torch.linspace(-1, 2, 35, **fp32).view(5, 7)
     bias = torch.ones(5, **fp32)
@@ -242,8 +243,8 @@ def supported(dtype: torch.dtype) -> bool:
 @functools.cache
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def int8_works() -> bool:
-    """The same of the product of 8-bit numbers, at their extremes too: CPUs without VNNI instructions may add up in 16
-    bits, and overflow. Where it doesn't work int8 weights are made dense for every product: small, right, and slow."""
+    """Probes the product of 8-bit numbers once, at the extremes too: a CPU without VNNI may add in 16 bits, and
+    overflow. Where it doesn't work, int8 weights are made dense for every product: small, right, and slow."""
     weight = torch.full((5, 70), 127, dtype=torch.int8, device="cpu")
     weight[1:3], weight[3, ::2] = -127, 3
     numbers = torch.full((3, 70), 255, dtype=torch.uint8, device="cpu")
@@ -267,12 +268,12 @@ def int8_works() -> bool:
 @functools.cache
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def gain() -> float:
-    """How much faster than F.linear the packed fp32 product is, measured here for a few milliseconds."""
+    """How many times as fast as F.linear the packed fp32 product is. Measured here, in a few milliseconds."""
     x, weight = (torch.ones(rows, 768, dtype=torch.float32, device="cpu") for rows in (128, 768))
     (packed,) = pack(weight)
     runs: list[Callable[[], Tensor]] = [lambda: F.linear(x, weight), lambda: multiply(x, packed, None)]
     times: list[list[float]] = [[], []]
-    for _ in range(6):  # in turns, and the best of each: other processes disturb
+    for _ in range(6):  # in turns, and the best of each counts: other processes disturb
         for run, spent in zip(runs, times, strict=True):
             start = time.perf_counter()
             run()

@@ -30,11 +30,6 @@ def lasttoken(x: Tensor, batch: PackedBatch) -> Tensor:
     return x[_ROWS["lasttoken"](batch.cu_seqlens.long())]
 
 
-def mean(x: Tensor, batch: PackedBatch) -> Tensor:
-    """(T, C) -> (B, C) fp32; zeros for an empty sequence."""
-    return mean_pool(x, batch)
-
-
 def mean_sqrt_len_tokens(x: Tensor, batch: PackedBatch) -> Tensor:
     """Sum over the root of the length: (T, C) -> (B, C) fp32."""
     return _sum(x, batch) / _lengths(batch).clamp(min=1).sqrt()
@@ -56,7 +51,7 @@ def max(x: Tensor, batch: PackedBatch) -> Tensor:
 POOLING: dict[str, Callable[[Tensor, PackedBatch], Tensor]] = {
     "cls": cls,
     "max": max,
-    "mean": mean,
+    "mean": mean_pool,
     "mean_sqrt_len_tokens": mean_sqrt_len_tokens,
     "weightedmean": weightedmean,
     "lasttoken": lasttoken,
@@ -64,7 +59,8 @@ POOLING: dict[str, Callable[[Tensor, PackedBatch], Tensor]] = {
 
 
 def rows(batch: PackedBatch, modes: Sequence[str]) -> Tensor | None:
-    """The tokens (B,) that the pooling takes, where it takes one of each sequence: the network need give no other."""
+    """The index of one token per sequence, (B,), if the pooling takes no other: the network may skip them. Else
+    None."""
     if len(modes) != 1 or modes[0] not in _ROWS:
         return None
     _no_empty(batch, modes[0])
@@ -73,8 +69,8 @@ def rows(batch: PackedBatch, modes: Sequence[str]) -> Tensor | None:
 
 def pool(x: Tensor, batch: PackedBatch, modes: Sequence[str], skip: int = 0) -> Tensor:
     """The modes side by side: (T, C) -> (B, len(modes) * C) fp32. The first `skip` tokens of each sequence (a prompt)
-    don't count. A sequence of no other tokens gets what sentence-transformers gives it: its first token by `cls`, minus
-    infinity by `max`, zeros by the others."""
+    don't count. A sequence without other tokens gets what sentence-transformers gives: its first token by `cls`, minus
+    infinity by `max`, zeros by the other modes."""
     if not skip:
         return torch.cat([POOLING[mode](x, batch).float() for mode in modes], dim=-1)
     kept, rest = _without_prompt(x, batch, skip)
@@ -89,7 +85,7 @@ def pool(x: Tensor, batch: PackedBatch, modes: Sequence[str], skip: int = 0) -> 
 
 
 def _without_prompt(x: Tensor, batch: PackedBatch, skip: int) -> tuple[Tensor, PackedBatch]:
-    # Positions are kept as they were: `weightedmean` weighs what remains by its place in the whole sequence.
+    # Positions stay as they were: `weightedmean` weighs each remaining token by its place in the whole sequence.
     left = tuple([n - min(skip, n) for n in batch.seqlens])
     keep = batch.position_ids >= skip
     cu_seqlens = F.pad(torch.tensor(left, dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32), (1, 0))

@@ -1,8 +1,7 @@
 """Every operation of the forward pass, in plain torch: the specification, the fallback, and the tests' oracle.
 
 Letters: T tokens in the batch, B sequences, S length of a sequence, C hidden_size, H heads of the queries, Hkv heads of
-the keys and of the values (H is a multiple of Hkv), D head_dim, N intermediate_size. `@op` asks the twins in cpu.py and
-gpu.py first (choose.py).
+the keys and of the values (H is a multiple of Hkv), D head_dim, N intermediate_size. `@op`: see choose.py.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
     "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
-    # Written out as their checkpoints were trained with them: they differ from F.gelu by up to 1e-6.
+    # Written out, because checkpoints were trained with these formulas: they differ from F.gelu by up to 1e-6.
     "gelu_fast": lambda x: 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x))),
     "gelu_new": lambda x: 0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3)))),
     "gelu_python": lambda x: 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2))),
@@ -47,7 +46,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @op
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x (T, K) @ weight (M, K)^T + bias (M,) + residual (T, M) -> (T, M). In inference a twin may write the result over
-    the residual: the caller must not use the residual again."""
+    the residual, so the caller must not use the residual again."""
     y = F.linear(x, weight, bias)
     return y if residual is None else residual + y
 
@@ -62,8 +61,7 @@ def geglu(x: Tensor, act: str, swapped: bool = False) -> Tensor:
 
 @op
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None) -> Tensor:
-    """(T, C) -> (T, C), with mean and variance over C; weight and bias are (C,). With a residual (T, C): the norm of
-    x + residual."""
+    """(T, C) -> (T, C), with mean and variance over C; weight and bias are (C,). residual (T, C): added to x first."""
     return F.layer_norm(x if residual is None else residual + x, x.shape[-1:], weight, bias, eps)
 
 
@@ -82,7 +80,7 @@ def rope(x: Tensor, heads: int, turn: Turn) -> Tensor:
     half = x.shape[-1] // 2
     first, second = x[:, :heads, :half], x[:, :heads, half:]  # (T, heads, D / 2)
     cos, sin = cos[:, None], sin[:, None]
-    x1, x2 = first.float(), second.float()  # the same memory in fp32, copies otherwise
+    x1, x2 = first.float(), second.float()  # if x is fp32 the same memory, else copies
     x1_sin = x1 * sin
     x1.mul_(cos).addcmul_(x2, sin, value=-1.0)
     x2.mul_(cos).add_(x1_sin)
@@ -101,13 +99,13 @@ def attention(
     turn: Turn | None = None,
     coarse: bool = False,
 ) -> Tensor:
-    """Attention inside each sequence: qkv (T, H + 2 Hkv, D) -> (T, H, D), scaled by D^-0.5. `heads` is H: qkv holds the
-    heads of q, then of k, then of v; H / Hkv neighbouring heads of q share one head of k and v.
+    """Attention inside each sequence: qkv (T, H + 2 Hkv, D) -> (T, H, D), scaled by D^-0.5. `heads` is H. qkv holds the
+    heads of q, then of k, then of v. H / Hkv neighbouring heads of q share one head of k and v.
 
-    Token i sees the tokens i - left to i + right of its own sequence, inclusive; -1 is unlimited, (-1, 0) is causal.
-    turn: q and k are rotated first; qkv may be written over. With batch.key_seqlens only the leading tokens of each
-    sequence are seen, by all tokens of that sequence; a token that sees none gets zeros. coarse: qkv comes of 8-bit
-    weights, so a twin may multiply in bfloat16.
+    Token i sees the tokens i - left to i + right of its own sequence, inclusive. -1 is unlimited, and (-1, 0) is
+    causal. turn: q and k are rotated first, and qkv may be written over. With batch.key_seqlens only the leading tokens
+    of each sequence can be seen; a token that sees none gets zeros. coarse (8-bit weights): twins may multiply in
+    bfloat16.
     """
     if turn is not None:
         qkv = rope(qkv, (heads + qkv.shape[1]) // 2, turn)
@@ -131,11 +129,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @op
 def row_attention(q: Tensor, kv: Tensor, rows: Tensor, batch: PackedBatch, turn: Turn | None = None) -> Tensor:
-    """One query a sequence, of the token rows[b] of the batch, over all tokens of its sequence: q (B, H, D), kv
-    (T, 2 Hkv, D), the heads of k, then of v -> (B, H, D), scaled by D^-0.5. turn: q and k are rotated first; both may
-    be written over.
+    """Attention of one query per sequence over all tokens of its sequence: q (B, H, D), kv (T, 2 Hkv, D) -> (B, H, D),
+    scaled by D^-0.5. kv holds the heads of k, then of v. Query b is the token rows[b] of the batch. turn: q and k are
+    rotated first, and both may be written over.
 
-    Raises ValueError for an empty sequence, which has nothing to see.
+    Raises ValueError for an empty sequence: its query has nothing to see.
     """
     refuse_empty(batch)
     if turn is not None:
@@ -149,7 +147,7 @@ def row_attention(q: Tensor, kv: Tensor, rows: Tensor, batch: PackedBatch, turn:
 
 
 def refuse_empty(batch: PackedBatch) -> None:
-    if not torch.compiler.is_compiling() and 0 in batch.seqlens:  # a tracer would take the lengths for constants
+    if not torch.compiler.is_compiling() and 0 in batch.seqlens:  # a tracer would make the lengths constants
         raise ValueError(f"sequence {batch.seqlens.index(0)} has no tokens: its query has nothing to see")
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864): frequencies, and tables of cosines and sines, made once and kept."""
+"""Rotary position embedding (arXiv 2104.09864): its frequencies, and tables of cosines and sines that are made once."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from .choose import backend_for
 from .tracing import cached
 from .windows import owners
 
-# What `rope` needs for a batch: cos and sin, (T, D / 2) fp32 each, one row a token, and None; or, one row a position,
-# with the position of each token (T,).
+# What the operation `rope` needs for a batch. Either cos and sin (T, D / 2) fp32, one row per token, and None; or cos
+# and sin with one row per position, and the position of each token (T,).
 Turn = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one kind of layer; `inverse_frequencies` has the formulas.
+    """The rotary embedding of one kind of layer. `inverse_frequencies` has the formulas.
 
-    `linear` divides positions by `factor`. `yarn`: arXiv 2309.00071. `llama3`: by wavelength, as Llama 3.1 does.
-    `proportional`: only the share `rotated` of the pairs turns. `dynamic`, for texts longer than
-    `original_max_position_embeddings`, enlarges theta by the text's length; `longrope` (arXiv 2402.13753) has
-    `long_factor` for such texts and `short_factor` for the others. `ntk`, GTE's own: theta times `factor`, all
-    frequencies over factor^(2 / head_dim)."""
+    `linear` divides positions by `factor`. `yarn`: arXiv 2309.00071. `llama3` scales by wavelength, as Llama 3.1 does.
+    `proportional` turns only the share `rotated` of the pairs. `dynamic` enlarges theta for texts longer than
+    `original_max_position_embeddings`, by the text's length. `longrope` (arXiv 2402.13753) has `long_factor` for such
+    texts, and `short_factor` for the others. `ntk`, GTE's own, multiplies theta by `factor`, and divides all
+    frequencies by factor^(2 / head_dim).
+    """
 
     theta: float
     type: str = "default"
@@ -50,11 +51,10 @@ class Rope:
 
 @cached(64)
 def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device, long: bool = False) -> Tensor:
-    """(D / 2,) fp32: theta^(-2j/D), stretched as `rope.type` says (`rope_config.Rope`). Where that depends on a text's
-    length: of a text of at most the original length; long: longrope's, of a longer one.
+    """(D / 2,) fp32: theta^(-2j/D), stretched as `rope.type` says (see `Rope`). Where they depend on the text's length,
+    these are the frequencies of a text of at most the original length; with long=True, longrope's of a longer text.
 
-    The operations and their order are those of transformers' `modeling_rope_utils`: the last bit of a frequency counts
-    at far positions.
+    The operations and their order are those of transformers' `modeling_rope_utils`: far positions show a last bit.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     base = rope.theta**exponents
@@ -94,7 +94,7 @@ def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device, long: b
 
 
 def _by_wavelength(inverse: Tensor, rope: Rope) -> Tensor:
-    """llama3: short waves stay, long ones are stretched by the factor, and those between by something between."""
+    """llama3: short waves stay, long ones are stretched by the factor, and those between the two by less."""
     original, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
     wavelength = 2 * math.pi / inverse
     stretched = torch.where(wavelength > original / low, inverse / rope.factor, inverse)
@@ -104,8 +104,8 @@ def _by_wavelength(inverse: Tensor, rope: Rope) -> Tensor:
 
 
 def _frequencies_by_length(rope: Rope, head_dim: int, lengths: Tensor) -> Tensor:
-    """(T, D / 2) fp32, of tokens in texts of these lengths (T,): those of transformers for each text alone. (In a batch
-    it takes all for as long as the longest, and dynamic RoPE keeps what a longer text left.)"""
+    """(T, D / 2) fp32, for tokens of texts that have these lengths (T,). They are transformers' frequencies for each
+    text alone. (In a batch, transformers takes all texts to be as long as the longest.)"""
     short = inverse_frequencies(rope, head_dim, lengths.device)
     original, factor = rope.original_max_position_embeddings, rope.factor
     if rope.type == "longrope":
@@ -118,8 +118,8 @@ def _frequencies_by_length(rope: Rope, head_dim: int, lengths: Tensor) -> Tensor
 
 
 def rope_table(rope: Rope, head_dim: int, position_ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token's angles, (T, D / 2) each, always fp32 (bf16 tables lose whole positions). lengths
-    (T,): of each token's text, needed where `rope.by_length`."""
+    """cos and sin of every token's angles, (T, D / 2) each, always fp32: bf16 can't tell neighbouring positions apart.
+    lengths (T,): of each token's text; needed if `rope.by_length`."""
     if rope.by_length:
         if lengths is None:
             raise ValueError(f"the frequencies of {rope.type!r} depend on the lengths of texts, which are not given")
@@ -140,7 +140,7 @@ def position_table(rope: Rope, head_dim: int, device: torch.device, positions: i
 
 
 def rotation(rope: Rope, head_dim: int, batch: PackedBatch) -> Turn:
-    """The batch's tokens, each at its place in its sequence."""
+    """The turn of each token of the batch, by its place in its sequence."""
     ids = batch.position_ids
     if rope.by_length:
         return *rope_table(rope, head_dim, ids, batch.cu_seqlens.diff()[owners(batch)]), None
@@ -151,7 +151,7 @@ def rotation(rope: Rope, head_dim: int, batch: PackedBatch) -> Turn:
 
 
 def turn_at(turn: Turn, rows: Tensor) -> Turn:
-    """The rotation of the tokens `rows` alone."""
+    """The turn of the tokens `rows` only."""
     cos, sin, position_ids = turn
     return (cos[rows], sin[rows], None) if position_ids is None else (cos, sin, position_ids[rows])
 

@@ -25,10 +25,11 @@ def available(root: Path = Path("/")) -> int:
 
 
 def set_threads(threads: int | None) -> None:
-    """torch's threads in this process: `threads`, else MODERNBERT_LITE_THREADS, else as torch has it, but no more than
-    are available. The tokenizer's own, unless RAYON_NUM_THREADS is set, become as many as were asked for.
+    """Sets torch's threads in this process: `threads`, else MODERNBERT_LITE_THREADS, else torch's own number, but no
+    more than `available()`. If a number was asked for, the tokenizer gets as many, unless RAYON_NUM_THREADS is set.
 
-    Raises OptionError for a number that is not from 1 to the available processors."""
+    Raises OptionError for a number that is not from 1 to the available processors.
+    """
     most, name, value = available(), "threads", threads
     text = os.environ.get(VARIABLE, "").strip()
     if threads is None and (_forked or not text):
@@ -53,15 +54,15 @@ def set_threads(threads: int | None) -> None:
 
 
 def bound_tokenizer() -> None:
-    """The tokenizer's threads become as many as torch's: what computes on the same processors shares them."""
+    """Gives the tokenizer as many threads as torch has: both compute on the same processors."""
     global _ours
     if os.environ.get(_TOKENIZER) in (None, _ours):
         os.environ[_TOKENIZER] = _ours = str(torch.get_num_threads())
 
 
 def survive_forks() -> None:
-    """From now on, forked processes compute. (Of the threads of OpenMP and of the tokenizer they have none, and would
-    wait for them for ever: they compute with one thread.)"""
+    """From now on a forked process computes, with one thread. (A fork has none of the threads of OpenMP and of the
+    tokenizer, and would wait for them for ever.)"""
     global _watching
     if not _watching and hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_after_fork)
@@ -77,8 +78,8 @@ def _after_fork() -> None:
 
 
 def _quotas(root: Path) -> Iterator[int]:
-    """Of the container, whose own control group is mounted there: version 2, then version 1. What can't be read or
-    understood limits nothing."""
+    """The CPU quotas of the container, from its own control group: version 2, then version 1. A file that can't be read
+    or understood limits nothing."""
     group = root / "sys/fs/cgroup"
     for files in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):
         try:

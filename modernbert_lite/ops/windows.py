@@ -1,4 +1,4 @@
-"""Who sees whom: sequences of a batch that share a call, blocks of queries and the keys that they see, masks."""
+"""Who sees whom: which sequences of a batch share a call, which keys a block of queries sees, and masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOCAL_BLOCK = 64  # queries a call in a local layer: they see LOCAL_BLOCK + 2 * 
 
 
 class Run(NamedTuple):
-    """Neighbouring sequences of one length, of each of which the same number of leading tokens are keys."""
+    """Neighbouring sequences of one length, in which the same number of leading tokens are keys."""
 
     start: int  # the row of the first one's first token
     sequences: int
@@ -26,7 +26,7 @@ class Run(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries [first, last) of a sequence see keys [low, high) of it, or those of them that the mask leaves."""
+    """Queries [first, last) of a sequence see its keys [low, high), less those that the mask hides."""
 
     first: int
     last: int
@@ -40,7 +40,7 @@ def runs(batch: PackedBatch, T: int) -> Iterator[Run]:
     seqlens = batch.seqlens
     if sum(seqlens) != T:
         raise ValueError(f"the batch's seqlens add up to {sum(seqlens)}; the tensor has {T} tokens")
-    # Two groupbys, of numbers: torch.compile can't trace one of pairs.
+    # Two groupbys of numbers, because torch.compile can't trace a groupby of pairs.
     start = first = 0
     for length, group in groupby(seqlens):
         count = sum(1 for _ in group)
@@ -54,13 +54,13 @@ def runs(batch: PackedBatch, T: int) -> Iterator[Run]:
 
 
 def sees_all(window_size: tuple[int, int], length: int) -> bool:
-    """Whether the window leaves nothing out of a sequence of this length."""
+    """Whether each token of a sequence of this length sees the whole sequence."""
     return all(distance < 0 or distance >= length - 1 for distance in window_size)
 
 
 def blocks(window_size: tuple[int, int], length: int, keys: int) -> Iterator[Block]:
-    """All queries at once without a window; else LOCAL_BLOCK at a time, so that the cost is O(length * window).
-    Queries that are too far from any key are in no block."""
+    """Without a window, one block of all queries. With a window, blocks of LOCAL_BLOCK queries, so that the cost is
+    O(length * window). A query that sees no key is in no block."""
     left, right = window_size
     if sees_all(window_size, length):
         if keys:
@@ -73,7 +73,7 @@ def blocks(window_size: tuple[int, int], length: int, keys: int) -> Iterator[Blo
 
 
 def mask(block: Block, window_size: tuple[int, int], like: Tensor) -> Tensor | None:
-    """(queries, keys) of the block, 0 where a query sees a key and -inf where it doesn't; None: all see all."""
+    """(queries, keys) of the block: 0 where a query sees a key, -inf where it doesn't. None: all see all."""
     if not block.masked:
         return None
     shape = block.last - block.first, block.high - block.low
@@ -84,7 +84,7 @@ def mask(block: Block, window_size: tuple[int, int], like: Tensor) -> Tensor | N
 def _mask(
     queries: int, keys: int, offset: int, left: int, right: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Query i is key i + offset."""
+    """Query i stands at key i + offset."""
     distance = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None] - offset
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if left >= 0:
@@ -95,6 +95,6 @@ def _mask(
 
 
 def owners(batch: PackedBatch) -> Tensor:
-    """(T,): the sequence of each token. A batch of CUDA graphs has tokens of no sequence, which get the last one."""
+    """(T,): the sequence of each token. In a batch of CUDA graphs, tokens of no sequence get the last one."""
     tokens = torch.arange(len(batch.input_ids), dtype=torch.int32, device=batch.cu_seqlens.device)
     return torch.bucketize(tokens, batch.cu_seqlens[1:-1], right=True)

@@ -17,7 +17,7 @@ from ..ops.graphs import MAX_TOKENS, Graphed
 from ..ops.threads import bound_tokenizer, set_threads
 from ..reading import ON_LONG, OptionError, as_whole, one_of, shown, whole_number
 from .feed import Feeder, Lenient
-from .keywords import keyworded
+from .keywords import keyworded, refuse_attribute
 from .tokenizer import Tokenizer
 
 _STRONGER_MODEL = "Alibaba-NLP/gte-modernbert-base"
@@ -26,10 +26,10 @@ P = TypeVar("P", bound="Pipeline")
 
 
 class Pipeline(Feeder):
-    """A network, its tokenizer, and how they are fed."""
+    """A network, its tokenizer, and how texts are fed to them."""
 
-    opens: ClassVar[str]  # what a checkpoint must be for this class, in messages
-    head: ClassVar[str]  # how the name of its network ends, where that is a head of its own
+    opens: ClassVar[str]  # what this class opens, for messages: "reranker"
+    head: ClassVar[str]  # how the name of its network ends: "ForMaskedLM"
     default_model: ClassVar[str | None] = None
     forward: Callable[..., Tensor]  # what runs on batches
 
@@ -51,30 +51,26 @@ class Pipeline(Feeder):
         cuda_graphs: bool = True,
     ) -> P:
         """path_or_id: a folder, a hub id, or "tiny", the bundled embedding model. device, dtype, revision, token,
-        local_files_only: as in `load_model`; dtype may also be "int8", on the CPU. max_seq_length: tokens, instead of
-        the repository's limit. batch_tokens: the most tokens in a batch; None: by the device. threads: that compute on
-        the CPU, for all of this process (torch has one such number); None: MODERNBERT_LITE_THREADS, else torch's own,
-        but no more than the process or its container may use. on_long: "truncate" or "error" for texts over
-        max_seq_length. cuda_graphs: on CUDA, replay small batches from captured graphs (also off by
-        MODERNBERT_LITE_CUDA_GRAPHS=0).
+        local_files_only: as in `load_model`. max_seq_length: in tokens, instead of the repository's limit.
+        batch_tokens: the most tokens in a batch; by default what suits the device.
 
-        Raises CheckpointError for a checkpoint that is missing, damaged, unsupported, or another class's: it names it;
-        OptionError for more threads than there are processors.
+        threads: how many compute on the CPU, in this whole process (torch has one such number). By default
+        MODERNBERT_LITE_THREADS, else torch's own number, but no more than the process or its container may use.
+        on_long: "truncate" or "error", for texts over max_seq_length. cuda_graphs: on CUDA, replays small batches from
+        captured graphs (MODERNBERT_LITE_CUDA_GRAPHS=0 turns it off, too).
+
+        Raises CheckpointError for a checkpoint that is missing, damaged or unsupported, and for one that another class
+        opens, which the message names. Raises OptionError for more threads than there are processors.
         """
-        hub = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        options = {"device": device, "dtype": dtype, "max_seq_length": max_seq_length, "batch_tokens": batch_tokens}
-        return cls._open(path_or_id, threads, hub, **options, on_long=on_long, cuda_graphs=cuda_graphs)
+        return cls._open(locals())
 
     @classmethod
-    def _open(
-        cls: type[P],
-        path_or_id: str | os.PathLike[str] | None,
-        threads: int | None,
-        hub: dict[str, Any],
-        **options: Any,
-    ) -> P:
-        """hub: where the checkpoint is looked for. options: of the class's constructor."""
-        set_threads(threads)
+    def _open(cls: type[P], arguments: dict[str, Any]) -> P:
+        """arguments: of `from_pretrained`, by name."""
+        options = {name: value for name, value in arguments.items() if name != "cls"}
+        path_or_id = options.pop("path_or_id")
+        hub = {name: options.pop(name) for name in ("revision", "token", "local_files_only")}
+        set_threads(options.pop("threads"))
         if path_or_id is None:
             if cls.default_model is None:
                 raise TypeError(f"{cls.__name__}.from_pretrained needs a model: a folder or a hub id")
@@ -83,10 +79,10 @@ class Pipeline(Feeder):
                 f"modernbert-lite: using the bundled model {path_or_id!r} (English, 384 dimensions). A stronger one: "
                 f"{_STRONGER_MODEL} (--model in the shell, the first argument in Python)."
             )
-            if sys.stderr is not None:  # which print would take for standard output
+            if sys.stderr is not None:  # print(file=None) would write to standard output
                 print(note, file=Lenient(sys.stderr))
         checkpoint = Checkpoint.find(path_or_id, **hub)
-        with torch.autocast("cpu", enabled=False):  # around this call there may be one
+        with torch.autocast("cpu", enabled=False):  # the caller may have turned it on
             return cls(checkpoint, **options)
 
     def __init__(
@@ -111,7 +107,7 @@ class Pipeline(Feeder):
             checkpoint.folder, longest, own.lower_case, settings=own.tokenizer, files=checkpoint.files
         )
         self.typed = self.tokenizer.has_types and config.type_vocab_size > 1
-        # With its head, and without it.
+        # With its head (if it has one), and without.
         self.network = checkpoint.load(network, device, dtype)
         self.encoder = encoder_of(self.network)
         on_cpu = self.device.type == "cpu"
@@ -123,7 +119,7 @@ class Pipeline(Feeder):
 
     @classmethod
     def head_of(cls, checkpoint: Checkpoint) -> type[nn.Module]:
-        """The network that ends in `head`. Raises CheckpointError for a checkpoint that is another class's."""
+        """The network's class, which must end in `head`. Raises CheckpointError for another class's checkpoint."""
         cls.check(checkpoint)
         architecture = checkpoint.architecture(cls.head)
         if not architecture.endswith(cls.head):
@@ -132,16 +128,21 @@ class Pipeline(Feeder):
 
     @classmethod
     def check(cls, checkpoint: object) -> None:
-        """Raises TypeError for a model's name in the constructor's place."""
+        """Raises TypeError if the constructor was given a model's name."""
         if not isinstance(checkpoint, Checkpoint):
             raise TypeError(f"to open a model use {cls.__name__}.from_pretrained({shown(checkpoint, 60)})")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises AttributeError for another library's name of a setting, and for one that can't be changed."""
+        refuse_attribute(self, name)
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config.architecture}, {self.max_seq_length} tokens, {self.device})"
 
     @property
     def max_seq_length(self) -> int:
-        """The most tokens of a text, special ones included. It may be set; OptionError for what it can't be."""
+        """The most tokens of a text, special tokens included. May be set; OptionError for an impossible value."""
         return self.tokenizer.max_length
 
     @max_seq_length.setter
@@ -149,8 +150,8 @@ class Pipeline(Feeder):
         self.tokenizer.max_length = self._within_positions(value)
 
     def _within_positions(self, value: int) -> int:
-        """`value`, a max_seq_length. Raises OptionError for one over the length of a table of positions; what is no
-        whole number is left for the tokenizer to refuse."""
+        """Returns `value`, a max_seq_length. Raises OptionError if it is larger than the table of positions. The
+        tokenizer refuses what is no whole number."""
         most, tokens = self.config.max_positions, as_whole(value)
         if most is not None and tokens is not None and tokens > most:
             raise OptionError(
@@ -160,7 +161,7 @@ class Pipeline(Feeder):
 
     @property
     def batch_tokens(self) -> int:
-        """The most tokens of a batch. It may be set, as max_seq_length."""
+        """The most tokens of a batch. May be set; raises OptionError for an impossible value."""
         return self._batch_tokens
 
     @batch_tokens.setter
@@ -169,7 +170,7 @@ class Pipeline(Feeder):
 
     @property
     def on_long(self) -> str:
-        """What becomes of texts over max_seq_length, "truncate" or "error". It may be set, as max_seq_length."""
+        """What happens to texts over max_seq_length: "truncate" or "error". May be set; OptionError for others."""
         return self._on_long
 
     @on_long.setter
@@ -177,5 +178,5 @@ class Pipeline(Feeder):
         self._on_long = one_of("on_long", value, ON_LONG)
 
     def graphed(self, network: Any, forward: Callable[..., Tensor] | None = None) -> Graphed:
-        """The network, or a function of it, to be called on batches: by CUDA graphs where they pay."""
+        """A network, or a function of it, to be called on batches. It runs from CUDA graphs where they pay."""
         return Graphed(network, forward, max_tokens=self.max_graph_tokens)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,21 +19,21 @@ from ..reading import warn
 from .inputs import brief, keeping, length
 from .tokenizer import FirstCut, Text, Tokenizer
 
-# A window of texts is read, sorted and embedded at a time: this bounds memory, whatever the input's length.
+# Texts are read, sorted and embedded a window at a time. This bounds memory, however long the input is.
 _WINDOW_TEXTS, _WINDOW_CHARACTERS = 4_096, 1 << 20
-# A window is tokenized in pieces of this size: one piece while the network computes the piece before it.
+# A window is tokenized in pieces of this size. While the network computes one piece, the next is tokenized.
 _PIECE_CHARACTERS = 1 << 16
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Ids = list[list[int]]
-# Items, the number of the first one, the most tokens of one -> ids, token types, how many items were cut.
+# encode(items, the first one's number, the most tokens of an item) -> ids, token types, how many items were cut.
 Encode = Callable[[Sequence[Any], int, int], tuple[Ids, Ids, int]]
 
 
 class _Feed(NamedTuple):
-    """What one run does otherwise than another."""
+    """The settings of one run."""
 
     encode: Encode
     max_length: int
@@ -42,7 +43,7 @@ class _Feed(NamedTuple):
 
 
 class Feeder:
-    """Feeds a network. `typed`: whether it takes token types."""
+    """Feeds a network. `typed`: whether the network takes token types."""
 
     network: nn.Module
     tokenizer: Tokenizer
@@ -53,7 +54,7 @@ class Feeder:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The network's device."""
         return next(self.network.parameters()).device
 
     def run(
@@ -69,14 +70,16 @@ class Feeder:
         each: int = 1,
         device: torch.device | None = None,
     ) -> Iterator[list[Any]]:
-        """Lists of results in the order of the texts, one list a window; `compute` gives one result
-        a sequence: a tensor of B rows on any device, or B of anything, None for one that is not finite. encode,
-        max_length, batch_tokens, device: instead of the tokenizer's and the model's own. each: how many neighbours come
-        of one of the user's texts. Messages number the user's text.
+        """Yields lists of results, one list per window of texts, in the order of the texts.
 
-        Texts longer than max_length are cut and counted in one warning at the end, or before the first one is
-        computed where warnings are errors (on_long "truncate"), or are a ValueError ("error"). Raises ValueError for a
-        result that is not finite, naming the text.
+        compute(batch) returns one result per sequence: a tensor of B rows on any device, or B results of any kind, with
+        None for a result that is not finite. encode, max_length, batch_tokens, device: replace those of the tokenizer
+        and the model. each: how many neighbouring items are made of one of the user's texts. Messages have the number
+        of the user's text.
+
+        With on_long "truncate", longer texts are cut, and one warning at the end says how many. (Where warnings are
+        errors, it comes before the first cut text is computed.) With on_long "error" they are a ValueError. Raises
+        ValueError for a result that is not finite, naming the text.
         """
         feed = _Feed(
             encode or self.tokenizer.encode_typed,
@@ -113,10 +116,11 @@ class Feeder:
         feeding: Iterable[Any] | None = None,
         **limits: Any,
     ) -> Any:
-        """`made(results)` of all texts. If one fails, the error carries `made` of the finished ones.
+        """`made(results)` of all texts. If one fails, the error carries `made` of the results that were finished.
 
-        block(results, first): what becomes of the results of a window, whose first one has that number. feeding: what
-        is run in place of the texts, `each` of it for one of them. limits: as in `run`."""
+        block(results, first): changes the results of a window; `first` is the number of the first result. feeding: what
+        is run in place of the texts, `each` items per text. limits: as in `run`.
+        """
         rows: list[Any] = []
         total = length(texts)
         total = total and total * limits.get("each", 1)
@@ -132,8 +136,8 @@ class Feeder:
         compute: Callable[[PackedBatch], Any],
         feed: _Feed,
     ) -> Generator[tuple[list[int], Any, int]]:
-        """(texts' places in the window, their results, how many more were cut), long texts first. `first`: the number
-        of the window's first text."""
+        """Yields (the texts' places in the window, their results, how many more were cut), long texts first. first: the
+        number of the window's first text."""
 
         def encode(piece: list[int]) -> tuple[list[tuple[list[int], list[int]]], int]:
             try:
@@ -152,7 +156,7 @@ class Feeder:
             for piece, (sequences, more) in zip(pieces, encoded, strict=True):
                 waiting.update(zip(piece, sequences, strict=True))
                 cut += more
-                if more:  # at the end of the work a warning that is an error would take it all along
+                if more:  # where the warning is an error, it must come before the work: at the end it would lose it
                     warn(_were_cut(cut, first + len(window), feed), only_as_error=True)
                 places = list(waiting)
                 groups = [
@@ -163,18 +167,18 @@ class Feeder:
                     groups.pop()  # it may have room for some of the next piece
                 for group in groups:
                     ids, types = zip(*(waiting.pop(i) for i in group), strict=True)
-                    # Around this call there may be an autocast: the numbers are the model's own, whatever it says.
+                    # The caller may have turned autocast on. The numbers are the model's own in any case.
                     with torch.inference_mode(), torch.autocast(feed.device.type, enabled=False):
                         rows = compute(pack(ids, feed.device, types if self.typed else None))
                     yield group, rows, cut
                     cut = 0
 
     def refuse_long(self, window: Sequence[Any], first: int) -> None:
-        """Raises ValueError for the first text of a window that is too long; the window starts with text `first`."""
+        """Raises ValueError for the first text of a window that is too long. first: that window's first number."""
         self._refuse(window, first, _Feed(self.tokenizer.encode_typed, self.max_seq_length, 1, 1, self.device))
 
     def _refuse(self, window: Sequence[Any], first: int, feed: _Feed) -> None:
-        """Raises the error of the first text of a window that has one."""
+        """Raises the error of the first text in a window that has one."""
         for place, text in enumerate(window, first):
             i = place // feed.each
             if feed.encode([text], i, feed.max_length)[2] and self.on_long == "error":
@@ -196,8 +200,8 @@ class Feeder:
 
 
 def on_host(rows: Tensor, values: Tensor | None = None) -> Iterator[Tensor | None]:
-    """Rows (B, ..) as tensors on the host. A row is None if the row, or its `values`, is not finite. values: (B, ..).
-    Waits for the device when it is read."""
+    """Rows (B, ..) as tensors on the host. A row is None if it, or its row of `values` (B, ..), is not finite. The
+    first row waits for the device."""
     host = rows.cpu()
     checked = host if values is None else values.cpu()
     if math.isfinite(checked.sum()):  # one pass; a sum may overflow where no number does
@@ -208,9 +212,11 @@ def on_host(rows: Tensor, values: Tensor | None = None) -> Iterator[Tensor | Non
 
 
 def _one_ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result]:
-    """function(item) of each; while the caller works on one, a thread makes the next. Closed, it leaves no thread.
+    """Yields function(item) of each item. While the caller works on one, a thread makes the next. Closing ends the
+    thread.
 
-    A plain thread: a pool takes no more work once the main thread has ended, though other threads go on."""
+    It is a plain thread: a pool of threads takes no more work once the main thread has ended.
+    """
     wanted, stopped = threading.Semaphore(), threading.Event()
     made: SimpleQueue[Result | BaseException] = SimpleQueue()
 
@@ -228,7 +234,7 @@ def _one_ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Gen
     try:
         if len(items) > 1:
             thread.start()
-    except RuntimeError:  # none can be started: at the interpreter's end, or at a limit of the system
+    except RuntimeError:  # no thread can be started: the interpreter ends, or the system has a limit
         pass
     if thread.ident is None:
         yield from map(function, items)
@@ -247,7 +253,7 @@ def _one_ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Gen
 
 
 def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
-    """Each item when the next one is made: a device works on a batch while the host prepares the one after it."""
+    """Yields each item when the next one is made: a device works on a batch while the host prepares the next."""
     kept: list[Item] = []
     for item in items:
         kept.append(item)
@@ -262,7 +268,7 @@ def _were_cut(count: int, of: int, feed: _Feed) -> str:
 
 
 def _characters(text: Any) -> int:
-    """Of a text or pair; of a sequence of ids, how many there are."""
+    """The characters of a text or a pair; the length of a sequence of ids."""
     return sum(map(len, text)) if isinstance(text, tuple) else len(text)
 
 
@@ -280,7 +286,7 @@ def _pieces(window: Sequence[Any]) -> list[list[int]]:
 
 
 def windows(texts: Iterable[T]) -> Iterator[list[T]]:
-    """The texts in lists, each of a bounded number of texts and, but for its last text, of characters."""
+    """The texts in lists. The number of texts in a list is bounded, and so are the characters before its last text."""
     window: list[T] = []
     characters = 0
     for text in texts:
@@ -294,7 +300,7 @@ def windows(texts: Iterable[T]) -> Iterator[list[T]]:
 
 
 class Lenient:
-    """A stream for notes: what it can't write is lost, and nothing else is."""
+    """A stream for notes. A note that can't be written is lost, and the work goes on."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -311,20 +317,14 @@ class Lenient:
             self.stream.flush()
 
 
-class _NoBar:
-    def update(self, _: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def _progress(total: int | None, show: bool | None) -> Any:
-    """A bar on stderr, after a second of work; None: only where stderr is a terminal."""
+    """A bar on stderr, after a second of work. show None: only if stderr is a terminal."""
     try:
         shown = sys.stderr is not None and (sys.stderr.isatty() if show is None else show)
     except Exception:  # noqa: BLE001  closed, or no more than something to write to
         shown = False
     if not shown:  # without tqdm, whose bars have a lock and a thread, drawn or not
-        return _NoBar()
+        return SimpleNamespace(update=lambda _: None, close=lambda: None)
     from tqdm import tqdm  # comes with huggingface-hub
 
     return tqdm(total=total, desc="texts", delay=1.0 if show is None else 0.0, file=Lenient(sys.stderr))

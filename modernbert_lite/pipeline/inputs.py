@@ -1,5 +1,4 @@
-"""What a user gives for texts: refused by name where it is something else, and checked before any work where it can be
-looked through twice."""
+"""What a user gives as texts. Anything else is refused by name. What can be read twice is checked before any work."""
 
 from __future__ import annotations
 
@@ -19,32 +18,36 @@ _IN_MEMORY = (Sequence, KeysView, ValuesView, ItemsView)
 
 
 class Given:
-    """What a user gave for texts or pairs, as an iterable of checked ones. `checked`: all of them were looked at before
-    any work. If not, each one is looked at when it is read."""
+    """What a user gave as texts or pairs, as an iterable of checked items. `checked`: all items were checked before any
+    work. If not, each item is checked when it is read."""
 
     def __init__(self, items: Iterable[Any], check: Callable[[Any, int], Any]):
         self.items, self.check = items, check
-        # Only what gives the same items again is looked through twice. An object that has no more than a length may be
-        # a stream or a loader.
+        # Only what gives the same items again is read twice. An object that only has a length may be a stream or a
+        # loader.
         self.checked = isinstance(items, _IN_MEMORY) or hasattr(type(items), "__array__")
-        if self.checked:
-            for i, item in enumerate(items):
-                check(item, i)
+        self.count = sum(1 for _ in map(check, items, itertools.count())) if self.checked else None
 
     def __iter__(self) -> Iterator[Any]:
-        if self.checked and self.check is check_text:
-            return iter(self.items)
-        return map(self.check, self.items, itertools.count())
+        """Raises ValueError if there are not as many items as were checked."""
+        i = -1
+        for i, item in enumerate(self.items):
+            yield self.check(item, i)
+        if self.count not in (None, i + 1):
+            raise ValueError(
+                f"{type(self.items).__name__} gave {self.count} items when it was checked, and {i + 1} after that; "
+                "give a list"
+            )
 
     @property
     def room(self) -> int:
-        """The number of rows to make room for; 0 where it may be wrong."""
+        """The number of rows to make room for. 0 if it may be wrong."""
         return len(self.items) if isinstance(self.items, (list, tuple, np.ndarray)) else 0
 
 
 def check_text(text: object, i: int, name: str = "text") -> str:
-    """`text`, if it is a string that UTF-8 can hold. Raises TypeError or ValueError, naming which one is not.
-    name: what the texts are, in messages."""
+    """Returns `text`, if it is a string that UTF-8 can hold. Raises TypeError or ValueError that names the item. name:
+    what the items are, for messages."""
     if not isinstance(text, str):
         raise TypeError(f"{name} {i} is {brief(text)}; each {name} must be a str")
     if not text.isascii():
@@ -53,7 +56,7 @@ def check_text(text: object, i: int, name: str = "text") -> str:
 
 
 def check_pair(pair: object, i: int) -> Pair:
-    """`pair`, if it has two strings in an order. Raises as check_text."""
+    """Returns `pair`, if it is two strings in an order. Raises as check_text does."""
     if isinstance(pair, np.ndarray) and pair.ndim == 1:
         pair = pair.tolist()
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
@@ -62,7 +65,7 @@ def check_pair(pair: object, i: int) -> Pair:
 
 
 def check_text_or_pair(item: object, i: int) -> Text:
-    """`item`, if it is a text or a pair of texts. Raises as check_text and check_pair."""
+    """Returns `item`, if it is a text or a pair of texts. Raises as check_text and check_pair do."""
     return check_pair(item, i) if isinstance(item, (list, tuple, np.ndarray)) else check_text(item, i)
 
 
@@ -73,9 +76,9 @@ def listed(
     what: str = "a str or an iterable of str",
     dimensions: int = 1,
 ) -> tuple[Given, bool]:
-    """What a user gave for `what`, and whether it was one string. Raises TypeError for anything else by its name: also
-    for a table or a mapping, whose names would be taken for texts, and for a set, whose order is not the user's.
-    dimensions: the most that an array may have."""
+    """What a user gave as `what`, and whether it was one string. Raises TypeError, by name, for anything else. A table
+    or a mapping is refused, because its columns or keys would be taken for texts. A set is refused, because it has no
+    order. dimensions: the most that an array may have."""
     if isinstance(texts, Given):
         return texts, False
     if isinstance(texts, str):
@@ -97,7 +100,7 @@ def listed(
 
 
 def length(items: object) -> int | None:
-    """How many items there are, as far as they say so themselves: for a progress bar, not to be relied on."""
+    """How many items there are, if they say so. Only for a progress bar: it may be wrong."""
     items = items.items if isinstance(items, Given) else items
     try:
         return len(items) if isinstance(items, Sized) else None
@@ -106,15 +109,14 @@ def length(items: object) -> int | None:
 
 
 def brief(value: object) -> str:
-    """The type and the beginning of what is no text, on one line."""
+    """The type and the beginning of something that is no text, on one line."""
     return f"{type(value).__name__} ({printable(' '.join(reprlib.repr(value).split()), 60)})"
 
 
 @contextmanager
 def keeping(finished: Callable[[], Any], given: object, streams: bool = False) -> Iterator[None]:
-    """An error raised in this block gets the finished rows as `error.finished`; its message says how many. The end of
-    the message that says so is `error.advice`: the shell leaves it out. streams: whether there is a `stream` to offer.
-    """
+    """Adds to an error of this block the finished rows, as `error.finished`; the message says how many. Its last part,
+    `error.advice`, says where to find them: the shell leaves it out. streams: whether there is a `stream`."""
     try:
         yield
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Keywords of other libraries, answered with what they are here."""
+"""Keywords of other libraries. The error names what they are called here."""
 
 from __future__ import annotations
 
@@ -43,8 +43,17 @@ _CALL_HINTS = {
 }
 
 
+def refuse_attribute(owner: Any, name: str) -> None:
+    """Raises AttributeError for a setting that has another name here, or is fixed after loading."""
+    if name in ("max_length", "document_length", "batch_size", "dtype") and not hasattr(type(owner), name):
+        hint = _HINTS.get(name, "it is an option of from_pretrained")
+        raise AttributeError(f"{type(owner).__name__} has no {name}: {hint}")
+    if name == "dimension" and hasattr(owner, name):
+        raise AttributeError("dimension is the checkpoint's, and can't be set: truncate_dim gives fewer numbers")
+
+
 def keyworded(method: Callable[Args, Result]) -> Callable[Args, Result]:
-    """The method, which answers a keyword of another library with what it is here. Raises TypeError for it."""
+    """Makes a method answer another library's keyword with its name here. Raises TypeError for such a keyword."""
     known, loads = inspect.signature(method).parameters, method.__name__ == "from_pretrained"
 
     @functools.wraps(method)

@@ -1,4 +1,4 @@
-"""Prompts: texts that are put before a model's texts, by name."""
+"""Prompts: named texts that are put before a model's texts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from ..reading import OptionError, shown
 
 
 class Prompted:
-    """`prompts` and `default_prompt_name` of a model, as sentence-transformers has them. Both may be set after loading;
-    the next call uses them."""
+    """`prompts` and `default_prompt_name` of a model, as in sentence-transformers. The next call uses what is set."""
 
     # Names that every model of a class has; the prompt is empty unless the repository or the user gives another.
     usual_prompts: ClassVar[tuple[str, ...]] = ()
@@ -19,7 +18,7 @@ class Prompted:
 
     @property
     def prompts(self) -> dict[str, str]:
-        """Names and texts. Setting them raises OptionError for anything else than a mapping of str to str."""
+        """Names and texts. Raises OptionError if set to anything but a mapping of str to str."""
         return self._prompts
 
     @prompts.setter
@@ -30,7 +29,7 @@ class Prompted:
 
     @property
     def default_prompt_name(self) -> str | None:
-        """The prompt that is used where a call names none. Setting it raises OptionError for an unknown name."""
+        """The prompt that is used if a call names none. Raises OptionError if set to an unknown name."""
         return self._default_prompt_name
 
     @default_prompt_name.setter
@@ -40,7 +39,7 @@ class Prompted:
         self._default_prompt_name = value
 
     def _resolve_prompt(self, name: str | None, prompt: str | None) -> str:
-        """The text to put first: `prompt`, else the prompt of that name, else the default's, else none."""
+        """The text to put first: `prompt`; else the prompt with that name; else the default one; else ""."""
         if prompt is not None:
             if not isinstance(prompt, str):
                 raise TypeError(f"prompt is {type(prompt).__name__} ({shown(prompt)}); it must be a str")
@@ -55,4 +54,6 @@ class Prompted:
         if name not in list(known):
             have = shown(sorted(self._prompts)) if self._prompts else "no prompts"
             raise OptionError(f"{option} is {shown(name)}; this model has {have}")
+        if not isinstance(known[name], str):  # the mapping was written to
+            raise OptionError(f"the prompt {shown(name)} is {shown(known[name])}; it must be a str")
         return known[name]

@@ -1,4 +1,4 @@
-"""Sparse vectors of texts: a weight for each token of the vocabulary, of which nearly all are 0."""
+"""Sparse vectors of texts: a weight for each token of the vocabulary, nearly all 0."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 KEYS = ("tokens", "ids")
 _CPU = torch.device("cpu")
-# Logits that are held at a time, 64 MiB in fp32: a batch has thousands of rows of them, each a vocabulary wide.
+# Logits that are held at a time: 64 MiB in fp32. A batch has thousands of rows of logits, as wide as the vocabulary.
 _MOST_LOGITS = 1 << 24
 
 Weights = dict[str, float] | dict[int, float] | list[dict[str, float]] | list[dict[int, float]]
@@ -47,10 +47,11 @@ Row = tuple[Tensor, Tensor]  # of one text, on the host: ids of tokens (n,) int6
 
 
 def splade_weights(network: Any, encoder: Callable[..., Tensor], road: Splade, batch: PackedBatch) -> list[Row | None]:
-    """Of each sequence the weights above 0, as sentence-transformers' SpladePooling has them: all its tokens count,
-    special ones, too. Computed in fp32 from the logits on.
+    """The weights above 0 of each sequence, as in sentence-transformers' SpladePooling. All its tokens count, special
+    tokens too. Computed in fp32 from the logits on.
 
-    network: a masked language model; encoder(batch, False): its encoder's (T, C)."""
+    network: a masked language model. encoder(batch, False): the vectors (T, C) of its encoder.
+    """
     hidden = encoder(batch, False)
     rows: list[Row | None] = []
     most = max(1, _MOST_LOGITS // network.config.vocab_size)
@@ -68,8 +69,8 @@ def splade_weights(network: Any, encoder: Callable[..., Tensor], road: Splade, b
 
 
 def token_weights(network: nn.Module, unweighted: frozenset[int], batch: PackedBatch) -> list[Row | None]:
-    """Of a token classifier of one label: a token's weight is the larger one of 0 and its logit, the largest where it
-    comes several times; 0 for the `unweighted` ids."""
+    """The weights of each sequence, by a token classifier of one label. A token's weight is its logit, or 0 if that is
+    larger. The largest counts if the token comes several times. The `unweighted` ids have weight 0."""
     weights = network(batch).squeeze(-1).float().cpu()
     ids = batch.input_ids.cpu()
     rows: list[Row | None] = []
@@ -86,14 +87,14 @@ def token_weights(network: nn.Module, unweighted: frozenset[int], batch: PackedB
 
 
 class StaticWeights(nn.Module):
-    """A stored weight for each token that a text has, as sentence-transformers' SparseStaticEmbedding: no network, so
-    it stays on the CPU. `tokenizer` gives texts without special tokens; `max_length` is its own limit."""
+    """A stored weight for each token that a text has, as in sentence-transformers' SparseStaticEmbedding. There is no
+    network, so it stays on the CPU. `tokenizer` makes ids without special tokens. `max_length` is its own limit."""
 
     weight: nn.Parameter
 
     def __init__(self, files: Folder, folder: Path):
-        """folder: in the checkpoint's; it has a tokenizer of its own, and the weights in model.safetensors, or in the
-        JSON file that its config.json names, {token: weight}. Raises CheckpointError for weights that don't fit the
+        """folder: a folder in the checkpoint, with a tokenizer of its own. The weights are in model.safetensors, or in
+        the JSON file {token: weight} that the folder's config.json names. CheckpointError if they don't fit the
         tokenizer."""
         super().__init__()
         self.max_length = length_limit(files, folder, SentenceConfig(), (1 << 31) - 1)
@@ -150,8 +151,8 @@ class SparseEncoding(Prompted, Pipeline):
 
     @property
     def max_active_dims(self) -> int | None:
-        """How many weights `encode_sparse` keeps of a text where a call doesn't say, the largest; None: all. Setting it
-        raises OptionError for anything else than None and whole numbers from 1."""
+        """How many weights `encode_sparse` keeps per text (the largest ones), if a call doesn't say. None: all. Raises
+        OptionError if set to anything but None or a whole number from 1."""
         return self._max_active_dims
 
     @max_active_dims.setter
@@ -186,21 +187,23 @@ class SparseEncoding(Prompted, Pipeline):
         keys: str = "tokens",
         show_progress_bar: bool | None = None,
     ) -> Weights:
-        """For every text {token: weight}, a list in their order; of one string, one dict. Two texts match by the sum,
-        over the tokens that they share, of the products of both weights.
+        """For each text {token: weight}: a list in the order of the texts, or one dict for one string. Two texts match
+        by a sum over the tokens that both have: the product of the token's two weights.
 
-        Of a sparse encoder (SPLADE), as sentence-transformers' SparseEncoder has it: any token of the vocabulary may
-        have a weight, special ones, too. Of gte-multilingual-base, as its card has it: a token's weight is the larger
-        one of 0 and the token classifier's logit, the largest where a token comes several times; special tokens are
-        left out. Tokens without a weight are not in the dict.
+        For a sparse encoder (SPLADE), the weights are those of sentence-transformers' SparseEncoder: any token of the
+        vocabulary may have a weight, special tokens too. For gte-multilingual-base they are those of its model card: a
+        token's weight is its logit, or 0 if that is larger; the largest counts if a token comes several times; special
+        tokens are left out. Tokens with weight 0 are not in the dict.
 
-        task: "query" or "document", where a sparse encoder's files tell them apart; queries may then need no network.
-        (Those are cut to the length of their own tokenizer, whatever max_seq_length is.) prompt, prompt_name: as in
-        `encode`. max_active_dims: the most weights a text keeps, the largest; None: as the repository says.
-        keys: "tokens", as decoded, without SentencePiece's mark of a word's start (a lone one is "", and so is what
-        the tokenizer doesn't know); of several that are decoded alike, the largest counts. "ids": numbers of tokens,
-        none of which is lost.
-        Raises CheckpointError for a model that doesn't have such weights, OptionError for a task that it doesn't have.
+        task: "query" or "document", if the sparse encoder's files tell the two apart. Queries may then need no network:
+        they are cut to the length of their own tokenizer, whatever max_seq_length is. prompt, prompt_name: as in
+        `encode`. max_active_dims: how many weights a text keeps, the largest ones; None: as the repository says.
+
+        keys: "tokens" are decoded, without SentencePiece's mark for the start of a word. (The mark alone is "", and so
+        is a token that the tokenizer doesn't know.) If several tokens are decoded to the same text, the largest weight
+        counts. "ids" are the numbers of the tokens; none is lost.
+
+        Raises CheckpointError for a model without such weights, OptionError for a task that the model doesn't have.
         """
         if not self.sparse:
             raise CheckpointError(
@@ -240,7 +243,7 @@ class SparseEncoding(Prompted, Pipeline):
     def encode_sparse_query(
         self, sentences: str | Iterable[str], *, keys: str = "tokens", **options: Unpack[SparseOptions]
     ) -> Weights:
-        """`encode_sparse` with the task "query" and the prompt of that name; with none if the repository has none."""
+        """`encode_sparse` with the task "query", and with the prompt "query" if the repository has one."""
         return self._encode_sparse_as("query", sentences, keys, options)
 
     @overload
@@ -262,8 +265,8 @@ class SparseEncoding(Prompted, Pipeline):
     def encode_sparse_document(
         self, sentences: str | Iterable[str], *, keys: str = "tokens", **options: Unpack[SparseOptions]
     ) -> Weights:
-        """`encode_sparse` with the task "document" and the prompt of that name; with none if the repository has none.
-        (Not with one named "passage" or "corpus": SparseEncoder doesn't take them either.)"""
+        """`encode_sparse` with the task "document", and with the prompt "document" if the repository has one. (Prompts
+        named "passage" or "corpus" are not used: SparseEncoder doesn't use them either.)"""
         return self._encode_sparse_as("document", sentences, keys, options)
 
     def _encode_sparse_as(self, task: str, sentences: Any, keys: Any, kwargs: Any) -> Any:
@@ -272,7 +275,7 @@ class SparseEncoding(Prompted, Pipeline):
         return self.encode_sparse(sentences, task=task, keys=keys, **kwargs)
 
     def _road(self, task: str | None) -> tuple[Callable[[PackedBatch], list[Row | None]], dict[str, Any]]:
-        """What makes rows of the batches of such texts, and how those are fed otherwise than others."""
+        """What computes the rows of such texts' batches, and the settings with which these texts are fed."""
         one_of("task", task, (*TASKS, None))
         if self.splade is None:
             return partial(token_weights, self.network, self.tokenizer.unweighted), {}
@@ -287,12 +290,13 @@ class SparseEncoding(Prompted, Pipeline):
 
 
 def most_active(given: Any, stored: int | None) -> int | None:
-    """How many weights a text keeps. Raises OptionError for `given` that is no whole number above 0, nor None."""
+    """How many weights a text keeps. Raises OptionError if `given` is neither None nor a whole number above 0."""
     return stored if given is None else whole_number("max_active_dims", given)
 
 
 def to_dict(row: Row, most: int | None, decode: Callable[[int], str] | None) -> dict[Any, float]:
-    """{id: weight} of a text, the `most` largest; or by `decode`, of ids that give the same token the largest."""
+    """The `most` largest weights of a text as {id: weight}; with `decode`, as {token: weight}. Of ids that decode to
+    the same token, the largest weight counts."""
     weights = dict(zip(row[0].tolist(), row[1].tolist(), strict=True))
     if most is not None and most < len(weights):
         weights = dict(nlargest(most, weights.items(), key=lambda item: abs(item[1])))
@@ -305,7 +309,7 @@ def to_dict(row: Row, most: int | None, decode: Callable[[int], str] | None) -> 
 
 
 def _parts(seqlens: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
-    """Lengths of sequences that follow each other, as many as have `most` tokens; a longer sequence is alone.
+    """Groups neighbouring sequences so that each group has up to `most` tokens. A longer sequence is alone in one.
 
     [3, 9, 4, 2], 8 -> (3,), (9,), (4, 2)
     """
@@ -320,8 +324,8 @@ def _parts(seqlens: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
 
 
 def _pool(logits: Tensor, lengths: Sequence[int], road: Splade) -> Tensor:
-    """(T, V) -> (B, V). The activation rises with the logit, so that for the largest weight it is left for later. A
-    sequence with a logit that is not finite has one here."""
+    """(T, V) -> (B, V). For the largest weight the activation is applied later, because it rises with the logit. If a
+    sequence has a logit that is not finite, its row has one here."""
     logits[:, 0] += 0 * logits.amin(1)  # NaN for -inf, which the relu or a larger logit would hide
     return _reduce(logits if road.strategy == "max" else _activate(logits.float(), road), lengths, road)
 
@@ -332,7 +336,7 @@ def _activate(x: Tensor, road: Splade) -> Tensor:
 
 
 def _reduce(x: Tensor, lengths: Sequence[int], road: Splade) -> Tensor:
-    """(T, V) -> (B, V), by runs of sequences of one length: batches are sorted, so that there are few."""
+    """(T, V) -> (B, V), in one step per run of sequences of one length. Batches are sorted, so there are few runs."""
     pooled, start = [], 0
     for length, run in groupby(lengths):
         count = len(list(run))
@@ -346,7 +350,7 @@ def _reduce(x: Tensor, lengths: Sequence[int], road: Splade) -> Tensor:
 
 
 def _nonzero(pooled: Tensor) -> list[Row | None]:
-    """(B, V) -> B rows, on the host; None for one that is not finite."""
+    """(B, V) -> B rows, on the host. A row that is not finite is None."""
     where = pooled.nonzero()  # NaN, too
     weights = pooled[where[:, 0], where[:, 1]].cpu()
     counts = torch.bincount(where[:, 0], minlength=len(pooled)).tolist()

@@ -30,7 +30,7 @@ _UNWEIGHTED: dict[str, tuple[str, ...]] = {
     "unk_token": ("[UNK]", "<unk>"),
 }
 
-# A text of more characters than this many a token is first tried by its beginning only.
+# If a text has more characters per token than this, its beginning is tried first.
 _CLIP_CHARACTERS = 64
 # A text without spaces is cut inside a word only from this length on: it costs up to as much as _HUGE characters do.
 _HUGE = 1 << 20
@@ -52,18 +52,19 @@ _LONGEST = 1 << 31  # of max_length: lengths in a batch are int32
 
 
 class FirstCut(tuple[str, str]):
-    """A pair of which only the first text is cut: the premise of a hypothesis."""
+    """A pair of which only the first text is cut: a premise, before its hypothesis."""
 
 
 class Tokenizer:
-    """Texts and pairs to ids, as transformers 5.23's AutoTokenizer makes them of the folder's files. Encoding changes
-    nothing, and decoding only fills a cache, so any number of threads may share one.
+    """Texts and pairs to ids, as transformers 5.23's AutoTokenizer makes them from the folder's files. Encoding changes
+    nothing, and decoding only fills a cache, so threads may share a tokenizer.
 
-    How much time and memory a text takes is the tokenizers library's: up to 0.3 KB a character and 2 s a megabyte, for
-    the part of the text that is needed. The whole is needed where its few last characters change the first tokens (a
-    Unigram vocabulary's cut of one repeated letter), and where it has fewer tokens than max_length. A hostile
-    tokenizer.json can make any text large (a normalizer that puts a megabyte in a letter's place): open what you don't
-    trust in a process whose memory is limited."""
+    Time and memory are the tokenizers library's: up to 0.3 KB per character and 2 s per megabyte, for the part of the
+    text that is needed. The whole text is needed in two cases: its last few characters change the first tokens (a
+    Unigram vocabulary's pieces of one repeated letter), or it has fewer tokens than max_length. A hostile
+    tokenizer.json can make any text large (by a normalizer that replaces a letter with a megabyte): open what you don't
+    trust in a process with limited memory.
+    """
 
     def __init__(
         self,
@@ -74,12 +75,13 @@ class Tokenizer:
         settings: Mapping[str, Any] | None = None,
         files: Folder | None = None,
     ):
-        """max_length: tokens a text or pair may have, special tokens included; longer ones are cut, the longer side of
-        a pair first. lower_case: before the file's own normalizer (sentence-transformers' do_lower_case). settings:
-        keys that win over those of tokenizer_config.json (`tokenizer_args` of sentence_bert_config.json). files: the
-        checkpoint, whose other files are read already.
+        """max_length: the most tokens of a text or pair, special tokens included. Longer ones are cut, of a pair the
+        longer side first. lower_case: lower-cases before the file's own normalizer (sentence-transformers'
+        do_lower_case). settings: keys that win over those of tokenizer_config.json (`tokenizer_args` of
+        sentence_bert_config.json). files: the checkpoint, with the files that are read already.
 
-        Raises CheckpointError for a missing or malformed tokenizer.json, OptionError for a max_length too small."""
+        Raises CheckpointError for a missing or malformed tokenizer.json, OptionError for a max_length without room.
+        """
         read = read_tokenizer(folder, settings, files)
         self._rust = read.rust
         self.names, self.padding_side = read.names, read.padding_side
@@ -105,8 +107,8 @@ class Tokenizer:
 
     @property
     def max_length(self) -> int:
-        """Tokens that a text or pair may have, special tokens included. Setting it raises OptionError for no whole
-        number and for one that leaves no room for a text or a pair."""
+        """The most tokens of a text or pair, special tokens included. Raises OptionError if set to what is no whole
+        number, or leaves no room for a text or a pair."""
         return self._max_length
 
     @max_length.setter
@@ -127,16 +129,16 @@ class Tokenizer:
     def encode(
         self, texts: SequenceOf[Text], first: int = 0, max_length: int | None = None
     ) -> tuple[list[list[int]], int]:
-        """encode_typed() without the types."""
+        """encode_typed() without the token types."""
         ids, _, cut = self.encode_typed(texts, first, max_length)
         return ids, cut
 
     def encode_typed(
         self, texts: SequenceOf[Text], first: int = 0, max_length: int | None = None
     ) -> tuple[list[list[int]], list[list[int]], int]:
-        """Ids of each text or pair, their token types, and how many were cut to max_length (None: the tokenizer's).
-        `first` is the number of the first text, for error messages. Raises ValueError for text that isn't valid
-        Unicode (lone surrogates), naming it.
+        """The ids of each text or pair, their token types, and how many were cut to max_length (None: the tokenizer's
+        own). first: the number of the first text, for messages. Raises ValueError, naming the text, for a text that is
+        no valid Unicode (lone surrogates).
 
         [CLS] A [SEP] B [SEP] with BERT's types -> 0, 0..., 0, 1..., 1
         """
@@ -169,8 +171,8 @@ class Tokenizer:
         return ids, types, cut
 
     def offsets(self, texts: SequenceOf[str], first: int = 0) -> list[list[tuple[int, Span | None]]]:
-        """For each text its tokens, the same as encode()'s: (id, (start, end) in characters of that text), and None in
-        place of the characters for a special token that the template adds. `first` and errors: as in encode_typed()."""
+        """The tokens of each text, the same as encode()'s: (id, (start, end)), in characters of that text. A special
+        token that the template adds has None for the characters. first, and errors: as in encode_typed()."""
         for i, text in enumerate(texts, first):
             check_unicode(text, f"text {i}")
         parts = [self._clip(text, self.max_length) for text in texts]
@@ -190,15 +192,15 @@ class Tokenizer:
         return results
 
     def prompt_length(self, prompt: str) -> int:
-        """Tokens that don't count where a prompt isn't pooled: those of the prompt as a text of its own, but not the
-        last one if that is a special token, whether of the template's end or of the prompt's. That is
-        sentence-transformers' rule: a model was trained with it."""
+        """How many tokens are left out where a prompt isn't pooled: the tokens of the prompt as a text of its own, but
+        not the last one if it is a special token, of the template or of the prompt itself. This is
+        sentence-transformers' rule, by which models were trained."""
         check_unicode(prompt, "the prompt")
         ids = self.encode([prompt])[0][0]
         return len(ids) - (ids[-1] in self._special_ids)
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token as the vocabulary spells it; None if it isn't there."""
+        """The id of a token in the vocabulary's spelling. None if the vocabulary doesn't have it."""
         try:
             found: int | None = self._rust.token_to_id(token)
         except UnicodeEncodeError:  # half of a surrogate pair
@@ -206,29 +208,29 @@ class Tokenizer:
         return found
 
     def bare(self, text: str) -> list[int]:
-        """Ids of a text without special tokens around it, however long."""
+        """The ids of a text of any length, without special tokens around it."""
         check_unicode(text, f"text {text[:30]!r}")
         with no_panic("this text can't be tokenized"):
             ids: list[int] = self._rust.encode(text, add_special_tokens=False).ids
             return ids
 
     def token(self, token_id: int) -> str:
-        """A token as the vocabulary spells it; "" for an id without one."""
+        """The token of an id, in the vocabulary's spelling. "" if the id has no token."""
         return self._rust.id_to_token(token_id) or ""
 
     @property
     def knows_subwords(self) -> bool:
-        """Whether the vocabulary marks tokens that go on with a word: WordPiece's "##"."""
+        """Whether the vocabulary marks tokens that continue a word, as WordPiece does by "##"."""
         return bool(getattr(self._rust.model, "continuing_subword_prefix", None))
 
     def joined(self, tokens: list[str]) -> str:
-        """Tokens, as the vocabulary spells them, as text: transformers' convert_tokens_to_string."""
+        """Tokens, in the vocabulary's spelling, as a text: transformers' convert_tokens_to_string."""
         with no_panic("these tokens can't be decoded"):
             return str(self._rust.decoder.decode(tokens)) if self._rust.decoder else " ".join(tokens)
 
     def keep_whole(self, prefix: str) -> None:
-        """Makes a text that starts with this token, or with its first word, start with its id, whatever the normalizer
-        does to other text; nothing where the vocabulary has neither. To be called before any text is encoded."""
+        """If a text starts with this token, or with its first word, its ids start with the token's id, whatever the
+        normalizer does to other texts. Does nothing if the vocabulary has neither. To be called before any encoding."""
         for token in (prefix, *prefix.split(None, 1)[:1]):
             if self.id_of(token) is not None:
                 with no_panic(f"token {token!r:.60} can't be added"):
@@ -238,17 +240,17 @@ class Tokenizer:
                 return
 
     def leave_out_template(self) -> None:
-        """Makes texts come without the template's special tokens. To be called before any text is encoded."""
+        """Leaves out the template's special tokens. Must be called before any text is encoded."""
         self._single, self._pair = [(~0, 0)], [(~0, 0), (~1, 1)]
 
     @property
     def vocabulary_size(self) -> int:
-        """Tokens that the file knows, added ones included: as many as transformers' get_vocab() has."""
+        """How many tokens the file knows, added ones included: as many as transformers' get_vocab() has."""
         return int(self._rust.get_vocab_size())
 
     def decode(self, token_id: int) -> str:
-        """One token as text, as transformers' decode([token_id]): a leading space stays in byte-level vocabularies, and
-        is dropped in SentencePiece's Unigram ones."""
+        """One token as text, as from transformers' decode([token_id]). Byte-level vocabularies keep a leading space;
+        SentencePiece's Unigram vocabularies drop it."""
         known = self._decoded.get(token_id)  # a sparse vector names the same few thousand tokens again and again
         if known is not None:
             return known
@@ -260,8 +262,8 @@ class Tokenizer:
         return text
 
     def _template(self, is_pair: bool) -> list[tuple[int, int]]:
-        """Special tokens and places of texts, read off the file's own template: ~0 is the first text, ~1 the second.
-        Each with its token type.
+        """The file's template: special tokens, and places of texts (~0 the first, ~1 the second), each with its token
+        type.
 
         [CLS] A [SEP] B [SEP] -> [(50281, 0), (-1, 0), (50282, 0), (-2, 1), (50282, 1)]
         """
@@ -323,7 +325,7 @@ class Tokenizer:
         return text
 
     def _clip_pair(self, pair: tuple[str, str], most: int) -> tuple[str, str]:
-        """Both clipped, unless it may matter which of them is the longer: that one gets the odd token of the room."""
+        """Both texts, clipped; or whole, if it may matter which one is longer: the longer one gets the odd token."""
         clipped = self._clip(pair[0], most), self._clip(pair[1], most)
         if (most - len(self._pair)) % 2 and clipped != pair:
             whole = [part for part, side in zip(clipped, pair, strict=True) if part == side]
@@ -333,7 +335,7 @@ class Tokenizer:
         return clipped
 
     def _words_without_pieces(self) -> re.Pattern[str] | None:
-        """What finds runs of letters that WordPiece makes one unknown token of: their length doesn't matter."""
+        """A pattern of the runs of letters that WordPiece makes one unknown token, however long they are."""
         model, splitter = self._rust.model, self._rust.pre_tokenizer
         if not isinstance(model, WordPiece) or not isinstance(splitter, BertPreTokenizer):
             return None
@@ -385,7 +387,7 @@ class Tokenizer:
         return max(words, *map(len, self._rust.get_vocab()))
 
     def _find(self, key: str, usual: tuple[str, ...]) -> tuple[str | None, int | None]:
-        """The token that the files beside tokenizer.json have under this key, else the first of `usual` there is."""
+        """The token that the files beside tokenizer.json have under this key; else the first of `usual` that exists."""
         for token in (self.names.get(key), *usual):
             if token is not None and self.id_of(token) is not None:
                 return token, self.id_of(token)

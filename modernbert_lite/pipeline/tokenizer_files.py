@@ -63,7 +63,7 @@ _SPECIAL, _ADDED = _OLDER_FILES = ("special_tokens_map.json", "added_tokens.json
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a folder's files say of its tokenizer."""
+    """What a folder's files say about its tokenizer."""
 
     rust: RustTokenizer  # without truncation and padding
     names: Mapping[str, str]  # "mask_token" -> "[MASK]": the special tokens that the files name
@@ -76,9 +76,9 @@ class TokenizerFiles:
 
 def read_tokenizer(folder: Path, given: Mapping[str, Any] | None = None, files: Folder | None = None) -> TokenizerFiles:
     """given: keys that win over those of tokenizer_config.json, as keywords of AutoTokenizer.from_pretrained do. files:
-    the checkpoint that the folder belongs to, whose other files are read already.
+    the checkpoint that the folder belongs to, with the files that are read already.
 
-    Raises CheckpointError for a missing or malformed file, naming it, and for a setting that isn't supported.
+    Raises CheckpointError, naming the file, for a missing or malformed file and for a setting that isn't supported.
     """
     path, beside = folder / "tokenizer.json", folder / "tokenizer_config.json"
     files = Folder(folder) if files is None else files
@@ -107,7 +107,7 @@ def read_tokenizer(folder: Path, given: Mapping[str, Any] | None = None, files: 
 
 
 def _class(files: Folder, folder: Path, stored: Mapping[str, Any], beside: Path) -> str:
-    """The class that AutoTokenizer takes."""
+    """The name of the class that AutoTokenizer takes."""
     config = files.optional_json(folder / "config.json")
     auto, family = stored.get("auto_map"), config.get("model_type")
     own_code = isinstance(auto, list) or (isinstance(auto, dict) and auto.get("AutoTokenizer") is not None)
@@ -127,7 +127,7 @@ def _class(files: Folder, folder: Path, stored: Mapping[str, Any], beside: Path)
 def _settings(
     folder: Path, there: dict[int, AddedToken], stored: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All settings, the special tokens and `added_tokens_decoder` among them as AddedToken or str."""
+    """All settings. The special tokens and `added_tokens_decoder` are among them, as AddedToken or str."""
     beside = folder / "tokenizer_config.json"
     settings = {key: value for key, value in stored.items() if key not in ("add_bos_token", "add_eos_token")}
     settings.update(given)
@@ -164,8 +164,8 @@ def _settings(
 def _older_files(
     folder: Path, there: dict[int, AddedToken], settings: dict[str, Any], given: Mapping[str, Any]
 ) -> dict[int, AddedToken]:
-    """Where tokenizer_config.json lists no added tokens: those of added_tokens.json and tokenizer.json (`there`).
-    special_tokens_map.json wins over `settings`, which it changes."""
+    """If tokenizer_config.json lists no added tokens: those of added_tokens.json and tokenizer.json (`there`).
+    special_tokens_map.json wins over `settings`, which are changed."""
     for key, value in optional_json(folder / _SPECIAL).items():
         if given.get(key):
             continue
@@ -206,6 +206,11 @@ def _apply(
         if not isinstance(value, (str, AddedToken, type(None))):
             raise CheckpointError(f"{beside}: {key} is {shown(value)}; it must be a token or its name")
     if kind != _WHOLE:
+        if kind == _XLMR and not isinstance(made["model"].get("vocab"), list):
+            raise CheckpointError(
+                f"{folder / 'tokenizer.json'} holds a {shown(made['model'].get('type'))}, and {_XLMR} needs a Unigram "
+                "vocabulary: name another tokenizer_class in tokenizer_config.json"
+            )
         rust = (_bert if kind == _BERT else _xlmr)(made, settings, named)
     if getattr(rust.model, "dropout", None):
         raise CheckpointError(
@@ -239,8 +244,8 @@ def _apply(
 
 
 def _add(rust: RustTokenizer, added: dict[int, AddedToken], named: dict[str, Any], extra: list[Any]) -> None:
-    """Tokens that the files name: their flags win over tokenizer.json's. One that isn't in the vocabulary gets the next
-    free id, whatever id a file gives it."""
+    """Adds the tokens that the files name. Their flags win over tokenizer.json's. A token that isn't in the vocabulary
+    gets the next free id, whatever id a file gives it."""
     adding: list[Any] = [token for _, token in sorted(added.items())]
     there = {str(token) for token in (*rust.get_added_tokens_decoder().values(), *adding)}
     adding += [token for token in (*named.values(), *extra) if token is not None and str(token) not in there]
@@ -287,7 +292,7 @@ def _xlmr(stored: dict[str, Any], settings: dict[str, Any], named: dict[str, Any
 def _set_template(
     beside: Path, kind: str, rust: RustTokenizer, settings: dict[str, Any], named: dict[str, Any]
 ) -> None:
-    """The special tokens of texts and pairs, where the class or keywords say so."""
+    """Sets the special tokens of texts and pairs, if the class or keywords say so."""
     ends = {_BERT: ("cls_token", "sep_token"), _XLMR: ("bos_token", "eos_token")}.get(kind, ())
     for key in ends:
         if named[key] is None:
@@ -317,7 +322,7 @@ def _flag(settings: Mapping[str, Any], key: str, default: bool | None) -> Any:
 
 
 def _own_tokens(settings: Mapping[str, Any]) -> list[str]:
-    """Keys of tokens that only this checkpoint names: "image_token"."""
+    """Keys of tokens that only this checkpoint has, such as "image_token"."""
     return [
         key
         for key, value in settings.items()
@@ -332,7 +337,7 @@ def _token(value: Any) -> AddedToken:
 
 
 def _typed(value: Any) -> Any:
-    """With what is marked as a token as an AddedToken."""
+    """The value, in which what is marked as a token is an AddedToken."""
     if isinstance(value, dict):
         return _token(value) if value.get("__type") == "AddedToken" else {k: _typed(v) for k, v in value.items()}
     return [_typed(item) for item in value] if isinstance(value, list) else value
@@ -359,8 +364,8 @@ def _advice(folder: Path, stored: Mapping[str, Any]) -> str:
 
 @contextmanager
 def no_panic(what: str, advice: str = "") -> Iterator[None]:
-    """The tokenizers library's errors as CheckpointError. Among them are Rust panics, which come as a BaseException of
-    their own and would pass every `except Exception`."""
+    """Makes errors of the tokenizers library CheckpointErrors. Rust panics are among them: they are a BaseException of
+    their own, and would pass every `except Exception`."""
     try:
         yield
     except (CheckpointError, OptionError):

@@ -1,4 +1,4 @@
-"""Tokens of texts: their ids, the vectors of each, and where they stand."""
+"""Tokens of texts: their ids, their vectors, and where they stand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sparse import SparseEncoding
 
 
 class TextOutput(TypedDict):
-    """All about a text, with `output_value=None`."""
+    """Everything about a text: what `output_value=None` gives."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray
@@ -29,7 +29,7 @@ class TextOutput(TypedDict):
 
 
 class TokenVectors(SparseEncoding):
-    """What an Embedder says of the tokens of texts."""
+    """What an Embedder tells about the tokens of texts."""
 
     pooling: Pooling
     on_tokens: list[Dense | Norm | Unit]
@@ -47,8 +47,8 @@ class TokenVectors(SparseEncoding):
     def token_ids(
         self, sentences: str | Iterable[str], *, prompt_name: str | None = None, prompt: str | None = None
     ) -> list[int] | list[list[int]]:
-        """Ids of the tokens of each text, special ones included, as `encode` feeds them: what `encode_ids` takes. Of
-        one string, its ids. Prompts, and what becomes of texts over max_seq_length, are as in `encode`."""
+        """The ids of each text's tokens, special tokens included, as `encode` feeds them: what `encode_ids` takes. For
+        one string, its ids. Prompts, and texts over max_seq_length, are treated as in `encode`."""
         prompt = self._resolve_prompt(prompt_name, prompt)
         texts, single = listed(sentences, "sentences")
         results: list[list[int]] = []
@@ -57,7 +57,8 @@ class TokenVectors(SparseEncoding):
             ids, more = self.tokenizer.encode(window, len(results))
             if more and self.on_long == "error":
                 self.refuse_long(window, len(results))
-            results, cut = results + ids, cut + more
+            results += ids
+            cut += more
         if cut:
             warn(f"{cut} of {len(results)} texts were longer than {self.max_seq_length} tokens and were cut")
         return results[0] if single else results
@@ -74,12 +75,13 @@ class TokenVectors(SparseEncoding):
     def token_offsets(
         self, sentences: str | Iterable[str], *, prompt_name: str | None = None, prompt: str | None = None
     ) -> np.ndarray | list[np.ndarray]:
-        """Where in each text the rows of encode(.., output_value="token_embeddings") stand: for every text an array
-        (tokens, 2), int64, of characters [start, end) of the text as given, without its prompt; of one string, that
-        array. Special tokens and the prompt's have (0, 0). A token over the border of both has its part of the text.
+        """Where the rows of encode(.., output_value="token_embeddings") stand in each text: for every text an array
+        (tokens, 2), int64, of characters [start, end) in the text as it was given, without its prompt; for one string,
+        that array. Special tokens and tokens of the prompt have (0, 0). A token over the prompt's end has its part of
+        the text.
 
         For late chunking, embed a long text once, and average the rows whose characters lie in each chunk. Prompts and
-        errors are as in `encode`; a text over max_seq_length has the offsets of what is left, whatever on_long says.
+        errors are as in `encode`. A text over max_seq_length has the offsets of what is left, whatever on_long says.
         """
         prompt = self._resolve_prompt(prompt_name, prompt)
         texts, single = listed(sentences, "sentences")
@@ -99,7 +101,8 @@ class TokenVectors(SparseEncoding):
         dim: int | None,
         show_progress_bar: bool | None,
     ) -> Any:
-        """encode() where it gives tokens' vectors: those alone, or everything about a text. unit, dim: of its own."""
+        """encode() for an output_value of tokens: their vectors, or everything about a text. unit, dim: of its own
+        vector."""
         given, single = listed(sentences, "sentences", lambda text, i: prompt + check_text(text, i))
         skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
 
@@ -130,8 +133,8 @@ class TokenVectors(SparseEncoding):
 
 
 def check_ids(item: object, i: int, vocab_size: int, most: int) -> list[int]:
-    """Token ids of one text. Raises TypeError for what is no sequence of whole numbers, ValueError for none, for more
-    than `most`, and for ids outside the vocabulary; it names the sequence."""
+    """The token ids of one text, checked. Raises, naming the sequence: TypeError for what is no sequence of whole
+    numbers; ValueError for an empty one, for more than `most` ids, and for ids outside the vocabulary."""
     numbers: Any = item.tolist() if isinstance(item, (np.ndarray, Tensor)) else item
     if isinstance(numbers, (str, bytes)) or not isinstance(numbers, (list, tuple)):
         raise TypeError(f"sequence {i} is {brief(item)}; each must be a list of token ids (whole numbers)")
@@ -148,5 +151,5 @@ def check_ids(item: object, i: int, vocab_size: int, most: int) -> list[int]:
 
 
 def as_they_are(sequences: Sequence[list[int]], first: int, max_length: int) -> tuple[Ids, Ids, int]:
-    """What feeds checked ids, in the place of a tokenizer."""
+    """Feeds checked ids, in place of a tokenizer."""
     return list(sequences), [[0] * len(ids) for ids in sequences], 0

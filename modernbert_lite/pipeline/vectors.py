@@ -1,4 +1,4 @@
-"""Vectors as numpy arrays: reading them from users, and quantising them."""
+"""Vectors as numpy arrays: reading what users give, and quantising."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from ..reading import PRECISIONS, OptionError, one_of
 
 
 def floats(values: Any, name: str) -> np.ndarray:
-    """An array, a tensor on any device, or a list of numbers or of those, as float32. Raises TypeError, or ValueError
-    for rows of different lengths."""
+    """An array, a tensor on any device, or a (nested) list of numbers, as float32. Raises TypeError; ValueError for
+    rows of different lengths."""
     if isinstance(values, (list, tuple)) and any(isinstance(value, Tensor) for value in values):
         values = [floats(value, name) for value in values]
     if isinstance(values, Tensor):
         return values.detach().float().cpu().numpy()
     try:
-        return np.asarray(values, np.float32)
+        array = np.asarray(values)
+        if array.dtype.kind == "c":
+            raise TypeError("they are complex")
+        with np.errstate(over="raise"):
+            return array.astype(np.float32, copy=False)
+    except FloatingPointError:
+        raise ValueError(f"{name} can't be read as numbers: some are too large for float32") from None
     except TypeError as error:
         raise TypeError(f"{name} can't be read as numbers: {error}") from None
     except ValueError as error:
@@ -37,7 +43,7 @@ def check_ranges(ranges: Any, width: int) -> np.ndarray:
 
 
 def no_range(precision: str) -> OptionError:
-    """What is wrong with int8 or uint8 of one embedding without `ranges`."""
+    """Why one embedding in int8 or uint8 needs `ranges`."""
     return OptionError(f"one embedding has no range to cut into {precision}: pass `ranges`, or two texts or more")
 
 
@@ -46,11 +52,12 @@ def quantize_embeddings(
 ) -> np.ndarray:
     """(N, C) float -> the precision, as sentence-transformers defines it.
 
-    int8, uint8: each dimension's range is cut in 255 steps; `ranges` is (2, C), the minima and maxima of a calibration
-    set (without it: of these embeddings, of which there must be two or more). binary, ubinary: the signs, eight to a
-    byte, (N, ceil(C / 8)) int8 or uint8. Raises ValueError for an unknown precision, ranges of another shape, and
-    embeddings that are not finite in the precision, naming the first of them.
-    first: the number of the first embedding, for that message, where these embeddings are a block of more.
+    int8, uint8: each dimension's range is cut into 255 steps. `ranges` (2, C) holds the minima and maxima of a
+    calibration set. Without it they are taken from these embeddings, and there must be two or more. binary, ubinary:
+    the signs, eight per byte: (N, ceil(C / 8)) int8 or uint8. first: the number of the first embedding, for messages.
+
+    Raises OptionError for an unknown precision and for ranges of another shape; ValueError, naming the embedding, for
+    one that is not finite in the precision.
     """
     one_of("precision", precision, PRECISIONS)
     embeddings = floats(embeddings, "embeddings")

@@ -172,6 +172,7 @@ def test_a_dense_module_without_config_or_of_another_width_is_refused(folder):
 def test_a_cross_encoder_s_activation_that_is_not_known_is_refused(make_checkpoint, name):
     folder, _ = make_checkpoint("ModernBertForSequenceClassification", num_hidden_layers=1, num_labels=1)
     write(folder / "config_sentence_transformers.json", {"activation_fn": name})
+    write(folder / "modules.json", [{"type": ST + "Transformer", "path": ""}])
     with pytest.raises(CheckpointError, match="activation"):
         ml.Reranker.from_pretrained(folder)
 

@@ -158,3 +158,26 @@ def test_a_null_activation_in_config_json_is_the_usual_one(small_checkpoint):
         sbert_ce_default_activation_function="torch.nn.Tanh",
     )
     assert_same(ml.Reranker.from_pretrained(folder).predict(PAIRS), theirs(folder).predict(PAIRS))
+
+
+def test_without_modules_json_the_other_files_do_not_count_as_there(small_checkpoint):
+    folder = small_checkpoint(SEQUENCE, num_labels=1)
+    told = {
+        "prompts": {"q": "Query: "},
+        "default_prompt_name": "q",
+        "activation_fn": "torch.nn.modules.linear.Identity",
+    }
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(told))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 16, "do_lower_case": True}))
+    both = r"what config_sentence_transformers\.json and sentence_bert_config\.json says doesn't count"
+    with pytest.warns(UserWarning, match=r"has no modules\.json: " + both):
+        ours = ml.Reranker.from_pretrained(folder)
+    assert_same(ours.predict(PAIRS), theirs(folder).predict(PAIRS))
+    assert ours.prompts == {}
+
+
+def test_an_activation_that_is_none_is_refused_before_the_work(small_checkpoint):
+    model = ml.Reranker.from_pretrained(small_checkpoint(SEQUENCE, num_labels=1))
+    model.activation_fn = 5
+    with pytest.raises(ml.OptionError, match="activation_fn is 5; it must be a function, or the name of one"):
+        model.predict(PAIRS)

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hub_cases import EMBED, FIND, LOAD, REPO, WEIGHTS, embedding_model, encoder, failure, good, hub, run  # noqa: F401
+from hub_cases import EMBED, FIND, LOAD, REPO, WEIGHTS, client, embedding_model, encoder, failure, good, hub, run  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the client forks")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hub_cases import EMBED, LOAD, REPO, WEIGHTS, embedding_model, encoder, failure, good, hub, run  # noqa: F401
+from hub_cases import EMBED, LOAD, REPO, WEIGHTS, client, embedding_model, encoder, failure, good, hub, run  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the client forks")
 

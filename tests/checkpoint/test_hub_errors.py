@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hub_cases import EMBED, FIND, LOAD, REPO, WEIGHTS, embedding_model, encoder, failure, good, hub, run  # noqa: F401
+from hub_cases import EMBED, FIND, LOAD, REPO, WEIGHTS, client, embedding_model, encoder, failure, good, hub, run  # noqa: F401
 
 from modernbert_lite.checkpoint import hub as hub_files
 from modernbert_lite.checkpoint.folder import Folder

@@ -319,3 +319,16 @@ def test_include_prompt_is_taken_as_python_takes_it(folder, flag):
 
 
 # --- modules
+
+
+def test_without_modules_json_the_other_files_do_not_count_as_there(folder):
+    write(folder / "sentence_bert_config.json", {"max_seq_length": 20, "do_lower_case": True})
+    write(
+        folder / "config_sentence_transformers.json",
+        {"prompts": {"q": "Find: "}, "default_prompt_name": "q", "truncate_dim": 8},
+    )
+    (folder / "modules.json").unlink()
+    with pytest.warns(UserWarning, match="has no (modules.json: what .* says doesn't count|pooling files)"):
+        model = ours(folder)
+    assert_same(model.encode(TEXTS), theirs(folder).encode(TEXTS))
+    assert (model.prompts, model.truncate_dim) == ({}, None)

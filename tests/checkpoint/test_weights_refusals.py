@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from weights_cases import DTYPES, SMALL_VOCAB, assert_holds, edit, edit_config, renamed, stored_values
 
 import modernbert_lite as ml
@@ -114,7 +115,7 @@ def test_a_tied_decoder_may_be_in_the_file_if_it_is_equal(make_checkpoint):
     assert model.decoder.weight is model.model.embeddings.tok_embeddings.weight
 
 
-def test_a_tied_decoder_that_differs_is_refused(make_checkpoint):
+def test_a_tied_decoder_that_differs_is_its_own_as_in_transformers_5(make_checkpoint):
     folder, _ = make_checkpoint("ModernBertForMaskedLM", **SMALL_VOCAB)
 
     def differ(tensors):
@@ -122,7 +123,44 @@ def test_a_tied_decoder_that_differs_is_refused(make_checkpoint):
         tensors["decoder.weight"][330, 95] += 0.5
 
     edit(folder, differ)
-    with pytest.raises(CheckpointError, match=r"decoder\.weight differs.*tie_word_embeddings"):
+    import transformers
+
+    with pytest.warns(UserWarning, match=r"decoder\.weight differs.*tie_word_embeddings"):
+        network = ml.load_model(folder)
+    theirs = transformers.ModernBertForMaskedLM.from_pretrained(folder).eval()
+    ids = torch.arange(5, 60)
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+    assert (network(ml.pack([ids])) - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_of_tied_tensors_one_may_be_stored_under_either_name(make_checkpoint, packed):
+    """safetensors.torch.save_model keeps one name of two, the first in the alphabet."""
+    import transformers
+    from safetensors.torch import save_model
+
+    folder, _ = make_checkpoint("ModernBertForMaskedLM", **SMALL_VOCAB)
+    theirs = transformers.ModernBertForMaskedLM.from_pretrained(folder).eval()
+    save_model(theirs, str(folder / "model.safetensors"), {"format": "pt"})
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert "decoder.weight" in file.keys()  # noqa: SIM118
+        assert "model.embeddings.tok_embeddings.weight" not in file.keys()  # noqa: SIM118
+    ids = torch.arange(5, 60)
+    with torch.no_grad():
+        expected, hidden = theirs(ids[None]).logits[0], theirs.model(ids[None]).last_hidden_state[0]
+    assert (ml.load_model(folder, packed=packed)(ml.pack([ids])) - expected).abs().max() <= 2e-5
+    edit_config(folder, architectures=["ModernBertModel"])  # an encoder: the decoder is its table, too
+    assert (ml.load_model(folder, packed=packed)(ml.pack([ids])) - hidden).abs().max() <= 2e-5
+    edit_config(folder, tie_word_embeddings=False)
+    with pytest.raises(CheckpointError, match=r"missing embeddings\.tok_embeddings\.weight"):
+        ml.load_model(folder, packed=packed)
+
+
+def test_tensors_that_are_left_over_are_named_with_what_to_do(make_checkpoint):
+    folder, _ = make_checkpoint(**SMALL_VOCAB)
+    edit(folder, lambda tensors: tensors.update({"temperature": torch.ones(1)}))
+    with pytest.raises(CheckpointError, match=r"unexpected temperature; if they are left over.* without them"):
         ml.load_model(folder)
 
 

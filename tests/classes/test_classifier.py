@@ -230,8 +230,14 @@ def test_bad_options_are_named(make):
     model = ours(make(num_labels=4))
     with pytest.raises(OptionError, match="top_k is 0; it must be at least 1"):
         model.predict("a", top_k=0)
-    with pytest.raises(OptionError, match="function_to_apply is 'tanh'; it must be softmax, sigmoid, none"):
+    with pytest.raises(OptionError, match="function_to_apply is 'tanh'; it must be one of softmax, sigmoid, none"):
         model.predict("a", function_to_apply="tanh")
+    scores = model.predict_proba("a")
+    model.function_to_apply = "foo"
+    with pytest.raises(OptionError, match="function_to_apply is 'foo'; it must be one of softmax"):
+        model.predict("a")
+    model.function_to_apply = "Sigmoid"
+    assert not np.allclose(model.predict_proba("a"), scores)
 
 
 # ---- zero-shot ------------------------------------------------------------------------------------------------------
@@ -373,6 +379,8 @@ def test_the_likelier_class_of_a_sequence_classifier_comes_first(make, tmp_path)
     assert Checkpoint.find(make("Gte", num_labels=1)).use == "Reranker or Classifier"
     activation = {"activation_fn": "torch.nn.modules.linear.Identity"}
     cross = copy(make(num_labels=4), tmp_path / "cross", "config_sentence_transformers.json", **activation)
+    assert Checkpoint.find(make(num_labels=4)).use == "Classifier or Reranker"
+    (cross / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer", "path": ""}]')
     assert Checkpoint.find(cross).use == "Reranker or Classifier"
     old = copy(make(num_labels=4), tmp_path / "old", sentence_transformers=activation)
     assert Checkpoint.find(old).use == "Reranker or Classifier"

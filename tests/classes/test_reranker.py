@@ -97,6 +97,7 @@ def test_the_checkpoint_names_its_activation(folders, tmp_path, where):
         "old": {"sbert_ce_default_activation_function": name},
     }[where]
     path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer", "path": ""}]')
     model = Reranker.from_pretrained(folder)
     expected = torch.tanh(logits(model, folders[1], PAIRS)).squeeze(-1).numpy()
     assert np.abs(model.predict(PAIRS) - expected).max() <= 1e-5

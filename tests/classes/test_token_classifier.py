@@ -5,11 +5,11 @@ import functools
 import json
 import shutil
 import warnings
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizer_kinds_cases import KINDS
 
 from modernbert_lite import CheckpointError, Embedder, OptionError, Reranker, TokenClassifier
 from modernbert_lite.checkpoint.open import Checkpoint
@@ -27,15 +27,6 @@ TEXTS = [
     "[CLS] spelled [SEP] out [MASK]ed [UNK] <unk> </s> ꙮ",
     "The tokenizers tokenize unbelievably-long-hyphenated wordings (12345), don't they?",
 ]
-
-
-@functools.cache
-def kinds():
-    """The small tokenizers of another test file, by name."""
-    spec = spec_from_file_location("tokenizer_kinds", HERE / "test_tokenizer_kinds.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.KINDS
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +47,7 @@ def make(tmp_path_factory):
             for path in (HERE / "data" / "modernbert-tokenizer").glob("*token*.json"):
                 shutil.copy(path, folder)
         else:
-            tokenizer, settings = kinds()[kind]()
+            tokenizer, settings = KINDS[kind]()
             tokenizer.save(str(folder / "tokenizer.json"))
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
             (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -292,3 +292,19 @@ def test_scores_that_are_not_finite_are_no_json(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "the result holds NaN or infinity" in err
+
+
+@pytest.mark.parametrize("format", ["txt", "jsonl", "csv", "json"])
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(monkeypatch, format):
+    monkeypatch.setattr(record_files, "_LONGEST_CELL", 1 << 20)
+
+    class Endless(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            buffer[:] = b"x" * len(buffer)
+            return len(buffer)
+
+    with pytest.raises(ValueError, match="FILE, line 1: it has more than 1 MiB; break it into lines"):
+        list(record_files.records(io.BufferedReader(Endless()), format, "text", "FILE"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from modernbert_configs import V4, read, rope, v4, v5
 
-from modernbert_lite import ModernBertConfig
+from modernbert_lite import CheckpointError, ModernBertConfig, read_config
 from modernbert_lite.models.modernbert import FULL, SLIDING
 from modernbert_lite.ops.rope import Rope
 
@@ -336,3 +336,10 @@ def test_a_head_dim_key_is_ignored():
 def test_head_size_32_and_the_widest_known_models_are_read():
     assert read(v4(hidden_size=384, num_attention_heads=12)).head_dim == 32
     assert read(v4(hidden_size=1792, num_attention_heads=28, vocab_size=262152)).head_dim == 64
+
+
+def test_the_path_of_an_unreadable_file_stands_once_in_its_error(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError) as error:
+        read_config(tmp_path)
+    assert str(error.value).count("config.json") == 1

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cpu_cases import FP32, SIZES, TOKENS, int8, layer, layer_of, randn  # noqa: F401
+from cpu_cases import FP32, SIZES, TOKENS, forced, int8, layer, layer_of, randn, unprobed  # noqa: F401
 
 import modernbert_lite as ml
 from modernbert_lite.ops import onednn

@@ -19,6 +19,7 @@ from cpu_cases import (  # noqa: F401
     needs_onednn,
     randn,
     token_ids,
+    unprobed,
     within_twice,
 )
 from safetensors.torch import load_file, save_file

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from cpu_cases import BF16, FP32, SMALL_VOCAB, forced, int8, is_packed, layer, needs_onednn, token_ids  # noqa: F401
+from cpu_cases import BF16, FP32, SMALL_VOCAB, forced, int8, is_packed, layer, needs_onednn, token_ids, unprobed  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 import modernbert_lite as ml

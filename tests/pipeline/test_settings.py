@@ -164,3 +164,42 @@ def test_autocast_around_changes_nothing(small_folders, dtype):
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype
         assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_length", 12, "has no max_length: it is max_seq_length here"),
+        ("document_length", 12, "has no document_length: it is max_seq_length here"),
+        ("batch_size", 1, "has no batch_size: batch size is counted in tokens here: batch_tokens"),
+        ("dtype", "bfloat16", "has no dtype: it is an option of from_pretrained"),
+        ("dimension", 5, "dimension is the checkpoint's"),
+    ],
+)
+def test_other_names_of_settings_are_refused_and_not_passed_over(tiny, name, value, message):
+    with pytest.raises(AttributeError, match=message):
+        setattr(tiny, name, value)
+    tiny.mine = 5  # a user's own attribute
+    assert tiny.mine == 5
+
+
+def test_a_prompt_that_was_written_into_the_mapping_is_checked(tiny):
+    tiny.prompts["bad"] = 5
+    with pytest.raises(OptionError, match="the prompt 'bad' is 5; it must be a str"):
+        tiny.encode("a", prompt_name="bad")
+
+
+@pytest.mark.parametrize("kind", ["dense", "reranker", "masked", "late"])
+def test_torch_s_default_device_changes_nothing(small_folders, kind):
+    """A default of "cuda" beside a model on the CPU does what "meta" does here."""
+    cls = {"dense": Embedder, "reranker": Reranker, "masked": FillMask, "late": LateInteraction}[kind]
+    call = {
+        "dense": lambda model: model.similarity(model.encode(TEXTS), model.encode(TEXTS[:1])),
+        "reranker": lambda model: model.predict([(text, "stone") for text in TEXTS]),
+        "masked": lambda model: [p["score"] for p in model.predict("a [MASK]")[0]],
+        "late": lambda model: model.similarity(model.encode_query(TEXTS[:1]), model.encode_document(TEXTS[:2])),
+    }[kind]
+    expected = call(cls.from_pretrained(small_folders[kind], device="cpu"))
+    with torch.device("meta"):
+        got = call(cls.from_pretrained(small_folders[kind], device="cpu"))
+    assert np.array_equal(got, expected)

@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
-from splade_cases import SIZE, TEXTS, VOCABULARY, assert_near, both, edit, read, save, weights, write  # noqa: F401
+from splade_cases import SIZE, TEXTS, VOCABULARY, assert_near, both, edit, networks, read, save, weights, write  # noqa: F401
 
 from modernbert_lite import CheckpointError, Embedder, FillMask, LateInteraction, OptionError, Reranker
 from modernbert_lite.checkpoint import hub

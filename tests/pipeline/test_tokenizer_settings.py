@@ -420,3 +420,13 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is a pointer of git-lfs.*git lfs pull"):
         Tokenizer(tmp_path, 16)
+
+
+def test_a_vocabulary_that_the_class_cannot_have_is_named(make_checkpoint, tmp_path):
+    for path in REAL.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "gte"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
+    message = "tokenizer.json holds a 'BPE', and XLMRobertaTokenizer needs a Unigram vocabulary"
+    with pytest.raises(CheckpointError, match=message):
+        Tokenizer(tmp_path, 32)

@@ -34,7 +34,7 @@ _KINDS = {
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 ON_LONG = ("truncate", "error")
 PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
-OUTPUT_FORMATS = ("jsonl", "npy", "npz")
+INPUT_FORMATS, OUTPUT_FORMATS = ("txt", "jsonl", "csv", "tsv", "json"), ("jsonl", "npy", "npz")
 
 # Far above any published checkpoint. A config that claims more is broken or hostile: building its modules would never
 # end.

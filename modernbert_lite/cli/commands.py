@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..reading import DTYPES, ON_LONG, OUTPUT_FORMATS, PRECISIONS, OptionError, shown
+from ..reading import DTYPES, INPUT_FORMATS, ON_LONG, OUTPUT_FORMATS, PRECISIONS, OptionError, shown
 from . import console
-from . import inputs as record_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,9 +174,7 @@ def _add_texts(parser: argparse.ArgumentParser, metavar: str) -> None:
         help="by its ending: a JSON object a line (.jsonl), a table with a header (.csv, .tsv), one JSON array, read "
         "whole (.json), else a text a line; '-' is stdin",
     )
-    parser.add_argument(
-        "--input-format", choices=record_files.FORMATS, help="default: by the file's ending; of stdin: txt"
-    )
+    parser.add_argument("--input-format", choices=INPUT_FORMATS, help="default: by the file's ending; of stdin: txt")
     parser.add_argument(
         "--field",
         type=_text,
@@ -214,9 +211,11 @@ def _open(kind: Any, args: argparse.Namespace, **own: Any) -> Any:
 # ---- reading ----
 
 
-def _read(args: argparse.Namespace) -> Iterable[record_files.Record]:
+def _read(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """Records that have the text under args.field: from arguments, a file, or standard input. A file is checked whole
     before it is used, so that a bad line is found before hours of work."""
+    from .inputs import format_of, records
+
     if args.texts:
         if args.input is not None:
             raise OptionError("texts were given both as arguments and by --input; give one of them")
@@ -228,17 +227,17 @@ def _read(args: argparse.Namespace) -> Iterable[record_files.Record]:
             raise OptionError("no texts: standard input is closed; give them as arguments or by --input FILE")
         if args.input is None and sys.stdin.isatty():
             raise OptionError("no texts: give them as arguments, by --input FILE, or on standard input")
-        return record_files.records(sys.stdin.buffer, args.input_format or "txt", args.field, "standard input")
+        return records(sys.stdin.buffer, args.input_format or "txt", args.field, "standard input")
     path = Path(args.input)
     if not path.exists() or path.is_dir():
         raise OptionError(f"--input {args.input}: {'it is a folder' if path.is_dir() else 'there is no such file'}")
     if path.is_block_device():
         raise OptionError(f"--input {args.input}: it is a device; give a file, or a pipe")
-    format = record_files.format_of(args.input, args.input_format)
+    format = format_of(args.input, args.input_format)
 
-    def read() -> Iterator[record_files.Record]:
+    def read() -> Iterator[dict[str, Any]]:
         with path.open("rb") as file:
-            yield from record_files.records(file, format, args.field, args.input)
+            yield from records(file, format, args.field, args.input)
 
     if path.is_file():  # a pipe can be read only once
         for _ in read():

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from ..reading import OptionError, shown
+from ..reading import INPUT_FORMATS, OptionError, shown
 
 Record = dict[str, Any]
 
-FORMATS = ("txt", "jsonl", "csv", "tsv", "json")
 _BY_ENDING = {"jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "tsv": "tsv", "tab": "tsv", "json": "json"}
 # Endings of files that don't have a text per line. A file with any other ending is read as plain text.
 _NO_TEXTS = frozenset(
@@ -38,8 +37,8 @@ def format_of(name: str, given: str | None) -> str:
         return given
     if ending in _NO_TEXTS:
         raise OptionError(
-            f"--input {name}: its ending names no format that is read ({', '.join(FORMATS)}); convert or unpack it, or "
-            "add --input-format if it is one of them"
+            f"--input {name}: its ending names no format that is read ({', '.join(INPUT_FORMATS)}); convert or unpack "
+            "it, or add --input-format if it is one of them"
         )
     return _BY_ENDING.get(ending, "txt")
 

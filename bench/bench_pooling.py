@@ -51,7 +51,7 @@ def _case(name: str, lengths: list[int], C: int, dtype: torch.dtype, mode: str, 
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         x = pooling.cls(x, batch) if mode == "cls" else x  # only these tokens need the norm
         x = F.layer_norm(x, x.shape[-1:], weight, None, EPS) if whole else x
-        pooled = pooling.mean_pool(x, batch) if mode == "mean" else x.float()
+        pooled = pooling.mean(x, batch) if mode == "mean" else x.float()
         return F.normalize(pooled, dim=-1) if whole else pooled
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:

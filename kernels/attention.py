@@ -5,6 +5,7 @@ its queries can see. The list of tiles is made on the host, which knows the leng
 nothing, and nothing waits for the device.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -49,6 +50,22 @@ def _rows(x, row, end, stride, D: tl.constexpr, FLOAT: tl.constexpr, MASK: tl.co
 
 
 @triton.jit
+def _masked(score, row, key, end, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Scores (queries, keys) with -inf where a query doesn't see a key."""
+    # Relative to the block's first key: otherwise the loop would keep a tile of distances in registers.
+    low = row * 0
+    high = low + (end - key)
+    if LEFT >= 0:
+        low = row - (key + LEFT)
+    if RIGHT >= 0:
+        high = tl.minimum(row + (RIGHT + 1) - key, end - key)
+    # As unsigned numbers, so that one comparison tells both ends of [low, high).
+    place = (tl.arange(0, BLOCK_N)[None, :] - low[:, None]).to(tl.uint32, bitcast=True)
+    seen = tl.maximum(high - low, 0).to(tl.uint32, bitcast=True)
+    return tl.where(place < seen[:, None], score, float("-inf"))
+
+
+@triton.jit
 def _meet(
     acc,
     total,
@@ -58,6 +75,7 @@ def _meet(
     k,
     v,
     row,
+    first,  # the tile's first row
     key,  # the first key of the block
     start,
     end,
@@ -69,10 +87,12 @@ def _meet(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROPE: tl.constexpr,
     FLOAT: tl.constexpr,
     MASK: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     """One step of the online softmax: the tile's queries meet a block of keys and values."""
     key_row = key + tl.arange(0, BLOCK_N)
@@ -83,12 +103,16 @@ def _meet(
     else:
         score = tl.dot(q1, tl.trans(_rows(k, key_row, end, stride, D, FLOAT, MASK)), input_precision="ieee")
     if MASK:
-        visible = (key_row < end)[None, :]
-        if LEFT >= 0:
-            visible = visible & (key_row[None, :] >= row[:, None] - LEFT)
-        if RIGHT >= 0:
-            visible = visible & (key_row[None, :] <= row[:, None] + RIGHT)
-        score = tl.where(visible, score, float("-inf"))
+        if SKIP:  # no mask on blocks that every query of the tile sees whole: the tile's ends tell
+            hides = key + BLOCK_N > end
+            if LEFT >= 0:
+                hides = hides | (key < first + BLOCK_M - 1 - LEFT)
+            if RIGHT >= 0:
+                hides = hides | (key + BLOCK_N > first + RIGHT + 1)
+            if hides:
+                score = _masked(score, row, key, end, LEFT, RIGHT, BLOCK_N)
+        else:
+            score = _masked(score, row, key, end, LEFT, RIGHT, BLOCK_N)
     new_top = tl.maximum(top, tl.max(score, 1) * scale)
     if LEFT >= 0 or RIGHT >= 0:  # a query that has seen no key yet has no maximum, and -inf - -inf would be NaN
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -129,6 +153,7 @@ def _attention_kernel(
     ROPE: tl.constexpr,
     FLOAT: tl.constexpr,  # bf16 in Triton's interpreter, whose own bf16 arithmetic is wrong
     ONE_LOOP: tl.constexpr,  # without a second loop for the blocks that need no mask
+    SKIP: tl.constexpr,  # whether the loop branches around the mask
 ):
     tile = tiles + 4 * tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -160,23 +185,23 @@ def _attention_kernel(
             high = tl.minimum(end, first + BLOCK_M + RIGHT)
         for key in tl.range(low, high, BLOCK_N):
             acc, total, top = _meet(
-                acc, total, top, q1, q2, k, v, row, key, start, high, stride_kv, cos, sin, P, scale,
-                LEFT, RIGHT, D, BLOCK_N, ROPE, FLOAT, True,
+                acc, total, top, q1, q2, k, v, row, first, key, start, high, stride_kv, cos, sin, P, scale,
+                LEFT, RIGHT, D, BLOCK_M, BLOCK_N, ROPE, FLOAT, True, SKIP,
             )  # fmt: skip
     else:
         whole = start + (end - start) // BLOCK_N * BLOCK_N
         for key in tl.range(start, whole, BLOCK_N):
             acc, total, top = _meet(
-                acc, total, top, q1, q2, k, v, row, key, start, end, stride_kv, cos, sin, P, scale,
-                LEFT, RIGHT, D, BLOCK_N, ROPE, FLOAT, False,
+                acc, total, top, q1, q2, k, v, row, first, key, start, end, stride_kv, cos, sin, P, scale,
+                LEFT, RIGHT, D, BLOCK_M, BLOCK_N, ROPE, FLOAT, False, SKIP,
             )  # fmt: skip
         if whole < end:
             acc, total, top = _meet(
-                acc, total, top, q1, q2, k, v, row, whole, start, end, stride_kv, cos, sin, P, scale,
-                LEFT, RIGHT, D, BLOCK_N, ROPE, FLOAT, True,
+                acc, total, top, q1, q2, k, v, row, first, whole, start, end, stride_kv, cos, sin, P, scale,
+                LEFT, RIGHT, D, BLOCK_M, BLOCK_N, ROPE, FLOAT, True, SKIP,
             )  # fmt: skip
 
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # without keys: zeros
+    acc = acc * (1.0 / tl.where(total > 0, total, 1.0))[:, None]  # without keys: zeros
     address = row.to(tl.int64)[:, None] * stride_out + head * head_out + tl.arange(0, D)
     tl.store(out + address, acc.to(out.dtype.element_ty), mask=(row < last)[:, None])
 
@@ -195,7 +220,15 @@ def _config(block: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_N": 32, "num_warps": 8 if head_dim > 64 else 4, "num_stages": 2}
     wide = block * head_dim > 128 * 64
-    return {"BLOCK_N": 64, "num_warps": 8 if wide else 4, "num_stages": 2 if head_dim > 64 else 3}
+    # Few keys meet a tile of 64 queries: a third stage would only take shared memory from a fourth program.
+    return {"BLOCK_N": 64, "num_warps": 8 if wide else 4, "num_stages": 2 if head_dim > 64 or block <= 64 else 3}
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    """Where a branch around the mask costs nothing: elsewhere the compiler moves the scores through shared memory for
+    it. True for the interpreter."""
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9)
 
 
 def tiles(seqlens: Sequence[int], block: int, key_seqlens: Sequence[int] | None = None) -> Tensor:
@@ -366,6 +399,7 @@ def _launch(
             raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; it must be (P, {D // 2}) float32, contiguous")
     if cos is not None and sin is not None and not len(cos) == len(sin) >= 1:
         raise ValueError(f"cos is {tuple(cos.shape)}, sin {tuple(sin.shape)}; both must have the same rows, 1 at least")
+    hopper = _is_hopper(q.device)
     out = torch.empty((Q, H, D), dtype=q.dtype, device=q.device)
     if out.numel() == 0 or len(table) == 0:
         return out
@@ -398,6 +432,8 @@ def _launch(
             # Twice the loop would spill registers where products are unrolled (fp32) or keys are turned; short
             # sequences have one block of keys anyway.
             ONE_LOOP=q.dtype == torch.float32 or block <= 64 or cos is not None,
+            SKIP=hopper,
+            enable_fp_fusion=True,
             **(config or _config(block, D, q.dtype)),
         )
     return out

@@ -18,6 +18,19 @@ def _offsets(T, N, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
     return row.to(tl.int64)[:, None], column[None, :], (row < T)[:, None] & (column < N)[None, :]
 
 
+@triton.jit
+def _normal(x):
+    """The normal distribution's cumulative function at x, and exp(-x^2 / 2). The first is (1 + erf(x / sqrt 2)) / 2 by
+    Abramowitz and Stegun 7.1.26: 7.5e-8 off at most, and without cancellation below 0. libdevice's erf takes twice as
+    many instructions."""
+    d = 1.0 + 0.23164188 * tl.abs(x)  # 0.3275911 / sqrt 2
+    t = tl.math.rsqrt(d * d)  # 1 / d in one instruction
+    p = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    bell = tl.exp2(-0.7213475204444817 * x * x)  # log2(e) / 2
+    tail = p * bell
+    return tl.where(x < 0, tail, 1.0 - tail), bell
+
+
 @triton.jit(do_not_specialize=["T"])
 def _geglu_kernel(
     activated,
@@ -32,11 +45,12 @@ def _geglu_kernel(
     BLOCK_N: tl.constexpr,
 ):
     row, column, inside = _offsets(T, N, BLOCK_T, BLOCK_N)
-    # fp32 from the load on: erf needs it, and the interpreter's own bf16 arithmetic is wrong.
+    # fp32 from the load on: the activation needs it, and the interpreter's own bf16 arithmetic is wrong.
     x = tl.load(activated + row * stride_activated + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + row * stride_gate + column, mask=inside, other=0.0).to(tl.float32)
     if GELU:
-        y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+        below, _ = _normal(x)
+        y = x * below
     else:
         y = x / (1.0 + tl.exp(-x))
     tl.store(out + row * N + column, (y * g).to(out.dtype.element_ty), mask=inside)
@@ -64,9 +78,9 @@ def _geglu_backward_kernel(
     x = tl.load(activated + row * stride_activated + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + row * stride_gate + column, mask=inside, other=0.0).to(tl.float32)
     if GELU:
-        below = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))  # the normal distribution's cumulative function
+        below, bell = _normal(x)
         y = x * below
-        slope = below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        slope = below + x * 0.3989422804014327 * bell  # 1 / sqrt(2 pi)
     else:
         below = 1.0 / (1.0 + tl.exp(-x))
         y = x * below
@@ -120,6 +134,7 @@ def geglu(activated: Tensor, gate: Tensor, act: str = "gelu") -> Tensor:
                 GELU=act == "gelu",
                 BLOCK_T=BLOCK_T,
                 BLOCK_N=BLOCK_N,
+                enable_fp_fusion=True,
             )
     return out
 
@@ -151,6 +166,7 @@ def geglu_backward(
                 GELU=act == "gelu",
                 BLOCK_T=BLOCK_T,
                 BLOCK_N=BLOCK_N,
+                enable_fp_fusion=True,
             )
     return out
 

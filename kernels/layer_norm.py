@@ -10,11 +10,11 @@ _MAX_WIDTH = 8192  # a row is held in registers
 
 
 @triton.jit
-def _statistics(x, inside, C, eps):
+def _statistics(x, known, C: tl.constexpr, eps):
     """Mean and reciprocal deviation of rows: of centred squares, because E[x^2] - E[x]^2 cancels."""
-    mean = tl.sum(x, 1) / C
-    centred = tl.where(inside, x - mean[:, None], 0.0)
-    return centred, 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / C + eps)
+    mean = tl.sum(x, 1) * (1.0 / C)
+    centred = tl.where(known, x - mean[:, None], 0.0)
+    return centred, tl.math.rsqrt(tl.sum(centred * centred, 1) * (1.0 / C) + eps)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -26,10 +26,10 @@ def _layer_norm_kernel(
     y,
     total,
     T,
-    C,
     eps,
     stride_x,
     stride_residual,
+    C: tl.constexpr,
     RESIDUAL: tl.constexpr,
     TOTAL: tl.constexpr,
     BIAS: tl.constexpr,
@@ -47,7 +47,7 @@ def _layer_norm_kernel(
         rounded = v.to(total.dtype.element_ty)
         tl.store(total + row * C + column, rounded, mask=inside)
         v = rounded.to(tl.float32)  # of what is stored: the backward pass has nothing else
-    centred, scale = _statistics(v, inside, C, eps)
+    centred, scale = _statistics(v, known, C, eps)
     w = tl.load(weight + column, mask=known, other=0.0).to(tl.float32)
     out = centred * scale[:, None] * w
     if BIAS:
@@ -65,11 +65,11 @@ def _layer_norm_backward_kernel(
     partial_weight,  # (programs, C) fp32
     partial_bias,
     T,
-    C,
     eps,
     stride_grad,
     stride_grad_total,
     stride_x,
+    C: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -87,11 +87,11 @@ def _layer_norm_backward_kernel(
         inside = (row < T) & known
         v = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(grad + row * stride_grad + column, mask=inside, other=0.0).to(tl.float32)
-        centred, scale = _statistics(v, inside, C, eps)
+        centred, scale = _statistics(v, known, C, eps)
         normed = centred * scale[:, None]
         dw = d * w
-        mean1 = tl.sum(dw, 1) / C
-        mean2 = tl.sum(dw * normed, 1) / C
+        mean1 = tl.sum(dw, 1) * (1.0 / C)
+        mean2 = tl.sum(dw * normed, 1) * (1.0 / C)
         dx = (dw - mean1[:, None] - normed * mean2[:, None]) * scale[:, None]
         if RESIDUAL:
             dx += tl.load(grad_total + row * stride_grad_total + column, mask=inside, other=0.0).to(tl.float32)
@@ -134,10 +134,16 @@ def _check(weight: Tensor, bias: Tensor | None, **tensors: Tensor | None) -> Non
             raise ValueError(f"{name} is {tuple(parameter.shape)}; it must be ({like.shape[1]},), contiguous")
 
 
-def _shape(C: int, numbers: int = 4096) -> dict[str, int]:
-    """Rows a program, and warps: 4 rows, fewer if they have more `numbers` than a program's registers should hold."""
+def _shape(C: int) -> dict[str, int]:
+    """Rows per program, and warps: one warp for a row of up to 2048, so that its sums need no barrier."""
     BLOCK = triton.next_power_of_2(C)
-    return {"ROWS": max(1, min(4, numbers // BLOCK)), "BLOCK": BLOCK, "num_warps": 4 if BLOCK <= 4096 else 8}
+    return {"ROWS": 2 if BLOCK <= 1024 else 1, "BLOCK": BLOCK, "num_warps": max(1, BLOCK // 2048)}
+
+
+def _backward_shape(C: int) -> dict[str, int]:
+    """The backward pass holds six arrays of rows, and takes more warps for them: 4 rows, fewer if they are wide."""
+    BLOCK = triton.next_power_of_2(C)
+    return {"ROWS": max(1, min(4, 2048 // BLOCK)), "BLOCK": BLOCK, "num_warps": 4 if BLOCK <= 4096 else 8}
 
 
 def layer_norm(
@@ -185,14 +191,15 @@ def _forward(
                 y,
                 y if total is None else total,
                 T,
-                C,
                 eps,
                 x.stride(0),
                 x.stride(0) if residual is None else residual.stride(0),
+                C=C,
                 RESIDUAL=residual is not None,
                 TOTAL=total is not None,
                 BIAS=bias is not None,
                 **shape,
+                enable_fp_fusion=True,
             )
 
 
@@ -211,7 +218,7 @@ def layer_norm_backward(
     """
     _check(weight, bias, x=x, grad=grad, grad_total=grad_total)
     T, C = x.shape
-    shape = _shape(C, 2048)  # it holds twice as many arrays as the forward pass
+    shape = _backward_shape(C)
     groups = triton.cdiv(T, shape["ROWS"])
     # Programs stay while rows pass: four a multiprocessor fill it, and fewer partial sums are less to add up.
     programs = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
@@ -230,14 +237,15 @@ def layer_norm_backward(
                 partial_weight,
                 partial_weight if partial_bias is None else partial_bias,
                 T,
-                C,
                 eps,
                 grad.stride(0),
                 grad.stride(0) if grad_total is None else grad_total.stride(0),
                 x.stride(0),
+                C=C,
                 RESIDUAL=grad_total is not None,
                 BIAS=bias is not None,
                 **shape,
+                enable_fp_fusion=True,
             )
     grad_bias = None if partial_bias is None else partial_bias.sum(0).to(weight.dtype)
     return grad_x, partial_weight.sum(0).to(weight.dtype), grad_bias

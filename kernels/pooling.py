@@ -168,7 +168,7 @@ def pool(
     norm = {"NORM": weight is not None, "BIAS": bias is not None}
     weight, bias = x if weight is None else weight, x if bias is None else bias
     block = triton.next_power_of_2(C)
-    shape = {"BLOCK": block, "CHUNK": CHUNK, "ROWS": max(1, min(4, 4096 // block))}
+    shape = {"BLOCK": block, "CHUNK": CHUNK, "ROWS": max(1, min(4, 4096 // block)), "enable_fp_fusion": True}
     partial = out
     if mode == "mean":
         slots = T // CHUNK + B

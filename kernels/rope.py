@@ -131,6 +131,7 @@ def rope_(
                 INVERSE=inverse,
                 BLOCK_T=BLOCK_T,
                 BLOCK_H=BLOCK_H,
+                enable_fp_fusion=True,
             )
     return qkv
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import PackedBatch
-from .reference import mean_pool
+from .reference import mean_pool as mean
 
 _ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "cls": lambda cu_seqlens: cu_seqlens[:-1],
@@ -51,7 +51,7 @@ def max(x: Tensor, batch: PackedBatch) -> Tensor:
 POOLING: dict[str, Callable[[Tensor, PackedBatch], Tensor]] = {
     "cls": cls,
     "max": max,
-    "mean": mean_pool,
+    "mean": mean,
     "mean_sqrt_len_tokens": mean_sqrt_len_tokens,
     "weightedmean": weightedmean,
     "lasttoken": lasttoken,

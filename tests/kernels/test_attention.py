@@ -8,6 +8,7 @@ from kernel_attention_cases import (  # noqa: F401
     DEVICE,
     FULL,
     HALF,
+    INTERPRETED,
     LENGTHS,
     LOCAL,
     SINGLE,
@@ -123,6 +124,18 @@ def test_other_configurations_give_the_same(keys, window):
     qkv = randn(sum(lengths), 3, 1, 64, dtype=HALF)
     config = {"BLOCK_N": keys, "num_warps": 4, "num_stages": 2}
     assert_as_good_as_torch(kernel.attention(qkv, ends(lengths), window, config=config), qkv, lengths, window)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="which form is compiled is the card's")
+@pytest.mark.parametrize("window", [FULL, LOCAL, (0, 0), (70, 5), (-1, 0), (130, -1), (200, 200)])
+def test_a_mask_on_every_block_is_the_same_as_on_those_that_need_one(monkeypatch, window):
+    """Hopper's loop branches around the mask, other cards' doesn't."""
+    lengths = [1, 64, 65, 128, 200, 257]
+    qkv = randn(sum(lengths), 3, 1, 32, dtype=HALF)
+    with_branch = kernel.attention(qkv, ends(lengths), window)
+    assert_as_good_as_torch(with_branch, qkv, lengths, window)
+    monkeypatch.setattr(kernel, "_is_hopper", lambda device: False)
+    assert same(with_branch, kernel.attention(qkv, ends(lengths), window))
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])

@@ -30,7 +30,11 @@ MODULES = (attention, geglu, layer_norm, pooling, rope)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # What one program may have of shared memory (CUDA programming guide, "technical specifications per compute capability";
 # AMD's CDNA3 guide). sm_80's code is also checked against sm_86 and sm_89, which run it as it is.
-SHARED = {"sm_90": 227, "sm_80": 163, "sm_89": 99, "sm_75": 64, "sm_70": 96, "gfx942": 64}
+SHARED = {"sm_120": 99, "sm_100": 227, "sm_90": 227, "sm_89": 99, "sm_80": 163, "sm_75": 64, "sm_70": 96, "gfx942": 64}
+OLD = ("sm_75", "sm_70")  # V100, T4: attention is torch's there
+NEW = ("sm_89", "sm_100", "sm_120")  # L4 and RTX 40, B200, RTX 50: what sm_90 and sm_80 are checked for, in bf16
+# Registers that are taken back in a loop of 500 instructions: heads of 128, which no known checkpoint has.
+SPILLED = {("sm_120", "bfloat16", "attention", 128, variant): 3 for variant in ("local", "global")}
 # Loads that can't be 16 bytes wide: a value a row or a program (positions, lengths, the tile), tables and weights that
 # every row shares, which a thread may hold fewer of.
 NARROW = {
@@ -59,8 +63,8 @@ class Case(NamedTuple):
 def _cases() -> list[Case]:
     """bf16 most thoroughly: it is what a card that has it runs in. AMD's compiler takes seconds for attention."""
     cases = []
-    for target in ("sm_90", "sm_80", "gfx942", "sm_75", "sm_70"):
-        for dtype in ("bfloat16", "float16", "float32") if target not in ("sm_75", "sm_70") else ("float16",):
+    for target in ("sm_90", "sm_80", "gfx942", *OLD):
+        for dtype in ("bfloat16", "float16", "float32") if target not in OLD else ("float16",):
             add, main = functools.partial(Case, target, dtype), dtype == "bfloat16"
             cases += [add("rope", 64), add("geglu", 1152), add("geglu_backward", 1152)]
             for width in (384, 768, 1792) if main else (768,):
@@ -68,7 +72,7 @@ def _cases() -> list[Case]:
             cases += [add("pool", 768, "mean"), add("pool", 768, "cls")]
             if main:
                 cases += [add("rope", 128, "inverse"), add("pool", 1792, "norm")]
-            if target in ("sm_75", "sm_70"):
+            if target in OLD:
                 continue
             cases += [add("attention", 64, "local"), add("attention", 64, "global")]
             if main:
@@ -77,6 +81,11 @@ def _cases() -> list[Case]:
                 cases += [add("attention", 64, "local_rope"), add("attention", 64, "global_rope")]
                 others = [D for D in attention.HEAD_DIMS if D != 64]
                 cases += [add("attention", D, v) for D in others for v in ("local", "global", "short")]
+    for target in NEW:
+        add = functools.partial(Case, target, "bfloat16")
+        cases += [add(op, 768) for op in ("layer_norm", "add_layer_norm", "layer_norm_backward")]
+        cases += [add("rope", 64), add("geglu", 1152), add("geglu_backward", 1152), add("pool", 768, "mean")]
+        cases += [add("attention", D, v) for D in attention.HEAD_DIMS for v in ("local", "global", "short")]
     for odd in (("rope", 6), ("geglu", 1151), ("layer_norm", 31), ("layer_norm_backward", 31), ("pool", 31, "norm")):
         cases.append(Case("sm_90", "bfloat16", *odd))
     cases += [
@@ -91,6 +100,7 @@ CASES = _cases()
 def _launch(case: Case) -> None:
     """Calls the public function, as a model of that width would. T is small: no kernel is specialised on it."""
     dtype, width = getattr(torch, case.dtype), case.width
+    attention._is_hopper = lambda device: case.target == "sm_90"
     cu_seqlens = torch.tensor([0, 5, 200], dtype=torch.int32)
     x, weight = torch.zeros(200, width, dtype=dtype), torch.zeros(width, dtype=dtype)
     if case.op == "rope":
@@ -154,11 +164,17 @@ def _facts(kernel: Any) -> dict[str, Any]:
         facts[kind] = [int(n or 1) * int(bits) // 8 for n, bits in widths]
     facts["ld"] += [int(n, 0) for n in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], \[[^]]*\], (\w+)", ptx)]
     facts["wgmma"], facts["mma"] = ptx.count("wgmma.mma_async"), len(re.findall(r"\bmma\.sync", ptx))
+    facts["tcgen05"] = len(re.findall(r"\btcgen05\.mma", ptx))
     if (TOOLS / "cuobjdump").is_file():
         usage = _cuobjdump("-res-usage", kernel.asm["cubin"])
         facts["registers"], facts["stack"] = (int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK"))
+        facts["warps"] = kernel.metadata.num_warps
+        counted = kernel.metadata.target.arch == 90  # the tool doesn't list the code of every card
+        sass = _cuobjdump("-sass", kernel.asm["cubin"]) if counted or facts["stack"] else ""
+        if counted:
+            facts["instructions"], facts["loop"], facts["skipped"] = _counts(sass)
         if facts["stack"]:
-            facts["loops"], facts["spills"] = _spills(_cuobjdump("-sass", kernel.asm["cubin"]))
+            facts["loops"], facts["spills"] = _spills(sass)
     return facts
 
 
@@ -170,15 +186,33 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def _code(sass: str) -> list[tuple[int, str]]:
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)
+    return [(int(address, 16), line) for address, line in lines if not re.search(r"\bNOP\b", line)]
+
+
+def _branches(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """(address, where it leads) of each branch."""
+    found = [(address, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)) for address, line in code]
+    return [(address, int(target[1], 16)) for address, target in found if target]
+
+
+def _counts(sass: str) -> tuple[int, int, int]:
+    """Instructions of a warp: all, those of the longest loop, and how many selections (the mask of attention's scores)
+    a branch inside that loop skips."""
+    code = _code(sass)
+    branches = _branches(code)
+    low, high = max(((to, at) for at, to in branches if to < at), key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    inside = [(at, to) for at, to in branches if low <= at < to <= high]
+    skipped = max((sum("FSEL" in line for a, line in code if at < a < to) for at, to in inside), default=0)
+    return len(code), sum(low <= address <= high for address, _ in code), skipped
+
+
 def _spills(sass: str) -> tuple[int, int]:
     """The number of loops, and how often registers are saved or restored inside of them. A loop is what lies between
     a branch backwards and where it leads."""
-    code = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)]
-    loops = []
-    for address, line in code:
-        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", line)
-        if target and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
+    code = _code(sass)
+    loops = [(to, at) for at, to in _branches(code) if to < at]
     spills = [address for address, line in code if re.search(r"\b(LDL|STL)\b", line)]
     assert spills, "a stack, but nothing that uses it: the listing was not understood"
     return len(loops), sum(any(low <= address <= high for low, high in loops) for address in spills)
@@ -249,16 +283,59 @@ def test_it_compiles_and_its_shared_memory_fits(compiled, case):
             assert kernel["shared"] <= SHARED[target] * 1024, f"{kernel['kernel']} on {target}"
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_80", "gfx942", "sm_75", "sm_70"])
+# Warp instructions, counted for sm_90 in bf16, and the most that is allowed: per row, per number, per block of keys.
+MOST = {
+    Case("sm_90", "bfloat16", "layer_norm", 768): 260,
+    Case("sm_90", "bfloat16", "add_layer_norm", 768): 330,
+    Case("sm_90", "bfloat16", "geglu", 1152): 27,
+    Case("sm_90", "bfloat16", "geglu_backward", 1152): 35,
+    Case("sm_90", "bfloat16", "attention", 64, "local"): 480,
+}
+
+
+@pytest.mark.parametrize("case", MOST, ids=str)
+def test_instructions_stay_few(compiled, case):
+    (kernel,) = kernels_of(compiled, case)
+    if "instructions" not in kernel:
+        pytest.skip("this triton has no cuobjdump")
+    if case.op == "attention":
+        assert kernel["loop"] <= MOST[case]
+        assert kernel["skipped"] >= 32, "blocks that need no mask are masked"  # 64 x 64 scores, 128 threads
+    elif "layer_norm" in case.op:
+        assert kernel["instructions"] * kernel["warps"] / layer_norm._shape(case.width)["ROWS"] <= MOST[case]
+    else:
+        numbers = geglu.BLOCK_T * geglu.BLOCK_N / (32 * kernel["warps"])
+        assert kernel["instructions"] / numbers <= MOST[case]
+
+
+def test_four_programs_of_local_attention_fit_a_multiprocessor(compiled):
+    """By registers (of 65,536; given out eight a thread at a time) and by shared memory."""
+    (kernel,) = kernels_of(compiled, Case("sm_90", "bfloat16", "attention", 64, "local"))
+    if "registers" not in kernel:
+        pytest.skip("this triton has no cuobjdump")
+    assert 4 * 32 * kernel["warps"] * -(-kernel["registers"] // 8) * 8 <= 65_536
+    assert 4 * (kernel["shared"] + 1024) <= SHARED["sm_90"] * 1024 + 1024
+
+
+def test_additions_and_products_are_fused_at_every_launch():
+    """Triton 3.9 warns where a launch doesn't say so, and 3.10 would not fuse."""
+    for module in MODULES:
+        source = Path(module.__file__).read_text(encoding="utf-8")
+        launches = len(re.findall(r"_kernel\[", source))
+        assert launches
+        assert len(re.findall(r"enable_fp_fusion.{0,2}[=:] ?True", source)) >= (1 if module is pooling else launches)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_80", "gfx942", *OLD])
 def test_no_kernel_is_left_out(compiled, target):
     """In each dtype of the card. Files and kernels are counted, so that a new one is missed here."""
     folder = Path(attention.__file__).parent
     assert {path.stem for path in folder.glob("*.py")} == {module.__name__.rpartition(".")[2] for module in MODULES}
     names = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
     assert set(NARROW) == names
-    if target in ("sm_75", "sm_70"):
+    if target in OLD:
         names.remove("_attention_kernel")
-    for dtype in ("float16",) if target in ("sm_75", "sm_70") else ("bfloat16", "float16", "float32"):
+    for dtype in ("float16",) if target in OLD else ("bfloat16", "float16", "float32"):
         cases = [case for case in CASES if (case.target, case.dtype) == (target, dtype)]
         assert {kernel["kernel"] for case in cases for kernel in kernels_of(compiled, case)} == names
 
@@ -287,21 +364,21 @@ def test_no_register_is_spilled_in_a_loop(compiled, case):
             pytest.skip("this triton has no cuobjdump")
         if kernel["stack"]:
             known = f"{kernel['kernel']}: {kernel['registers']} registers, {kernel['stack']} bytes of stack"
-            assert kernel["spills"] == 0, known
+            assert kernel["spills"] <= SPILLED.get(case, 0), known
             assert kernel["loops"] or kernel["stack"] <= 8, known
 
 
 @each(attention=True)
 def test_attention_uses_the_matrix_units(compiled, case):
     (kernel,) = kernels_of(compiled, case)
-    wgmma, mma = kernel["wgmma"] > 0, kernel["mma"] > 0
+    used = {name for name in ("wgmma", "mma", "tcgen05") if kernel[name]}
     if case.dtype == "float32":  # full fp32, which the matrix units don't have
-        assert (wgmma, mma) == (False, False)
+        assert not used
     else:
-        assert (wgmma, mma) == ((True, False) if case.target == "sm_90" else (False, True))
+        assert used == {{"sm_90": "wgmma", "sm_100": "tcgen05"}.get(case.target, "mma")}
 
 
 @each(attention=False)
 def test_the_elementwise_kernels_use_none(compiled, case):
     for kernel in kernels_of(compiled, case):
-        assert kernel["wgmma"] == kernel["mma"] == 0
+        assert kernel["wgmma"] == kernel["mma"] == kernel["tcgen05"] == 0

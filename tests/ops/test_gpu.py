@@ -157,7 +157,7 @@ def test_gte_base_shape_on_a_gpu_by_the_2x_rule(tmp_path, monkeypatch, dtype):
             got = model(batch).float()
         error, allowed = (got - truth).abs().max(), (plain - truth).abs().max()
         assert error <= (1e-4 * truth.abs().max() if dtype == "float32" else 2 * allowed + 1e-6), lengths
-        cosine = torch.cosine_similarity(pooling.mean_pool(got, batch), pooling.mean_pool(truth, batch))
+        cosine = torch.cosine_similarity(pooling.mean(got, batch), pooling.mean(truth, batch))
         assert cosine.min() >= 0.999, lengths
 
 

@@ -171,7 +171,7 @@ def _quantized_rows(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     The scale is per row, not per batch: a text's numbers don't depend on the texts beside it. The numbers are unsigned,
     because oneDNN's products of signed activations were seen to hang.
     """
-    for rows in _slices(len(x), _BLOCKS[-1:]):  # what comes between the numbers and the result stays in the caches
+    for rows in _slices(len(x), _BLOCKS[1:]):  # what lies between the numbers and the result stays in the caches
         part = x[rows]
         scale = part.abs().amax(1, keepdim=True).div_(127).clamp_(min=_TINY)
         numbers = (part * scale.reciprocal()).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)

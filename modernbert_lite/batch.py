@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Protocol
@@ -37,16 +37,26 @@ class PackedBatch:
     key_seqlens: tuple[int, ...] | None = None
     # What operations derive from the batch, once for all layers. `to` and `replace` make a batch with an empty cache.
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _host: PackedBatch | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def on_host(self) -> PackedBatch:
+        """The same batch on the host. If it came from there, nothing is read back from the device."""
+        if self.input_ids.device.type == "cpu":
+            return self
+        return self.to("cpu") if self._host is None else self._host
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        return replace(
+        moved = replace(
             self,
             input_ids=to_device(self.input_ids, device),
             cu_seqlens=to_device(self.cu_seqlens, device),
             position_ids=to_device(self.position_ids, device),
             token_type_ids=None if self.token_type_ids is None else to_device(self.token_type_ids, device),
         )
+        object.__setattr__(moved, "_host", self if self.input_ids.device.type == "cpu" else self._host)
+        return moved
 
 
 class Limits(Protocol):
@@ -89,6 +99,22 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     if to_gpu and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=to_gpu)  # towards the host it must wait: the caller reads at once
+
+
+def to_host(x: Tensor) -> Callable[[], Tensor]:
+    """Starts a copy to the host. What it returns waits for that copy alone, and gives the tensor: the device may go on
+    with other work meanwhile."""
+    if x.device.type != "cuda":
+        return x.cpu
+    host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return host
+
+    return wait
 
 
 def pack(

@@ -13,7 +13,7 @@ from torch import Tensor
 from .batch import PackedBatch
 from .checkpoint.open import Checkpoint
 from .pipeline.base import Pipeline
-from .pipeline.feed import on_host
+from .pipeline.feed import finite_rows
 from .pipeline.inputs import check_text, check_text_or_pair, listed
 from .pipeline.keywords import keyworded
 from .pipeline.tokenizer import FirstCut, Text
@@ -214,7 +214,7 @@ class Classifier(Pipeline):
     def _compute(self, function: str) -> Callable[[PackedBatch], Iterator[Tensor | None]]:
         def compute(batch: PackedBatch) -> Iterator[Tensor | None]:
             logits = self.forward(batch).float()
-            return on_host(_FUNCTIONS[function](logits), logits)
+            return finite_rows(_FUNCTIONS[function](logits), logits)
 
         return compute
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import Any, TypedDict, overload
 
 import torch
 from torch import Tensor
 
-from .batch import PackedBatch
+from .batch import PackedBatch, to_device, to_host
 from .checkpoint.open import Checkpoint
 from .pipeline.base import Pipeline
 from .pipeline.inputs import check_text, listed
@@ -81,36 +82,26 @@ class FillMask(Pipeline):
         best = top_k if wanted is None else min(top_k, len(wanted))
         items, single = listed(texts, "texts", self._check_mask)
 
+        some = None if wanted is None else torch.tensor(wanted, device="cpu").to(self.device)
+
         def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
             """(M, V) -> probabilities and tokens, (M, best) each; NaN where a logit is not finite."""
             probabilities = logits.float().softmax(-1)
-            if wanted is None:
+            if some is None:
                 scores, ids = probabilities.topk(best)
             else:
-                some = torch.tensor(wanted, device=probabilities.device)
                 scores, places = probabilities[:, some].topk(best)
                 ids = some[places]
             hidden = logits.amin(-1, keepdim=True).isinf()  # the softmax makes 0 of -inf, and NaN of inf and NaN
             return scores.masked_fill(hidden, math.nan), ids
 
-        def compute(batch: PackedBatch) -> list[list[list[Prediction]] | None]:
+        def compute(batch: PackedBatch) -> Iterator[list[list[Prediction]] | None]:
             network: Any = self.network
-            where = batch.input_ids.eq(self.tokenizer.mask_token_id or 0).nonzero().flatten()
-            hidden = self.forward(batch)[where]  # the encoder runs once; logits are wide, and come in pieces
-            masks = [
-                [
-                    {"token": self.tokenizer.decode(i), "token_id": i, "score": p}
-                    for p, i in zip(scores.tolist(), ids.tolist(), strict=True)
-                ]
-                for rows in hidden.split(_ROWS)
-                for scores, ids in zip(*likeliest(network.logits(rows)), strict=True)
-            ]
-            owners = torch.bucketize(where.int(), batch.cu_seqlens, right=True) - 1
-            results: list[list[list[Prediction]]] = [[] for _ in batch.seqlens]
-            for owner, predictions in zip(owners.tolist(), masks, strict=True):
-                results[owner].append(predictions)
-            finite = [all(math.isfinite(best[0]["score"]) for best in text) for text in results]
-            return [text if fine else None for text, fine in zip(results, finite, strict=True)]
+            masks = batch.on_host.input_ids.eq(self.tokenizer.mask_token_id or 0)
+            hidden = self.forward(batch)[to_device(masks.nonzero().flatten(), batch.input_ids.device)]
+            # The encoder runs once; logits are wide, and come in pieces.
+            found = [tuple(map(to_host, likeliest(network.logits(rows)))) for rows in hidden.split(_ROWS)]
+            return self._predictions(found, [int(part.sum()) for part in masks.split(batch.seqlens)])
 
         def reached(block: list[list[list[Prediction]]], first: int) -> list[list[list[Prediction]]]:
             if [] in block:
@@ -124,6 +115,22 @@ class FillMask(Pipeline):
         return filled[0] if single else filled
 
     __call__ = predict
+
+    def _predictions(
+        self, found: list[tuple[Callable[[], Tensor], ...]], counts: list[int]
+    ) -> Iterator[list[list[Prediction]] | None]:
+        """found: probabilities and tokens of all [MASK]s, in pieces. counts: how many [MASK]s each text has."""
+        masks = (zip(*(part().tolist() for part in piece), strict=True) for piece in found)
+        scored = chain.from_iterable(masks)
+        for count in counts:
+            text: list[list[Prediction]] = [
+                [
+                    {"token": self.tokenizer.decode(i), "token_id": i, "score": p}
+                    for p, i in zip(scores, ids, strict=True)
+                ]
+                for scores, ids in islice(scored, count)
+            ]
+            yield text if all(math.isfinite(best[0]["score"]) for best in text) else None
 
     def _target_ids(self, targets: str | Iterable[str]) -> list[int]:
         """The targets' token ids, each once."""

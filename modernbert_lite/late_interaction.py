@@ -4,7 +4,7 @@ interaction (ColBERT, arXiv 2004.12832), as PyLate's and sentence-transformers' 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import PackedBatch, pack
+from .batch import PackedBatch, pack, to_host
 from .checkpoint.dense import finish, on_vectors
 from .checkpoint.open import Checkpoint
 from .checkpoint.sentence import LATE_SIMILARITIES, USUAL_PROMPTS, similarity_name
@@ -215,9 +215,10 @@ class LateInteraction(Prompted, Pipeline):
         pads = task == "query" and self.padded_length > 0
 
         def compute(batch: PackedBatch) -> Iterator[np.ndarray | None]:
-            batch = self._pad(batch) if pads else batch
+            batch = self._pad(batch.on_host).to(self.device) if pads else batch
             x = finish(self.forward(batch).float(), self.dense, self.normalizes, None)
-            return _split(x, batch, self.skip_ids.get(task, []), in_order=not (pads and self.pads_left))
+            skip = self.skip_ids.get(task, [])
+            return _split(to_host(x), batch.on_host, skip, in_order=not (pads and self.pads_left))
 
         results = self.rows(given, compute, show_progress_bar, **limits)
         return results[0] if single else results
@@ -226,7 +227,7 @@ class LateInteraction(Prompted, Pipeline):
         """Pads short queries to `padded_length`. Unless `attends`, no token sees the padding. Padding on the left has
         the first positions, but stands at the end of the sequence: hidden keys must be the last ones."""
         lengths = tuple(max(n, self.padded_length) for n in batch.seqlens)
-        padded = pack([[self.padding_id] * n for n in lengths], self.device)
+        padded = pack([[self.padding_id] * n for n in lengths])
         starts = padded.cu_seqlens[:-1].repeat_interleave(batch.cu_seqlens.diff(), output_size=len(batch.input_ids))
         position_ids = padded.position_ids
         if self.pads_left:
@@ -265,10 +266,10 @@ class LateInteraction(Prompted, Pipeline):
             )
 
 
-def _split(x: Tensor, batch: PackedBatch, skip: list[int], in_order: bool) -> Iterator[np.ndarray | None]:
+def _split(x: Callable[[], Tensor], batch: PackedBatch, skip: list[int], in_order: bool) -> Iterator[np.ndarray | None]:
     """(T, dimension) -> an array per sequence, by position, without the tokens `skip`. None for a sequence that is not
-    finite. The first one waits for the device."""
-    vectors, ids, positions = (tensor.cpu().numpy() for tensor in (x, batch.input_ids, batch.position_ids))
+    finite. batch: on the host."""
+    vectors, ids, positions = x().numpy(), batch.input_ids.numpy(), batch.position_ids.numpy()
     keep, finite = ~np.isin(ids, skip), np.isfinite(vectors).all()
     for start, end in pairwise(accumulate(batch.seqlens, initial=0)):
         rows, kept = vectors[start:end], keep[start:end]

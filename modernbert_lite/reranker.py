@@ -16,7 +16,7 @@ from .checkpoint.sentence import Pooling, SentenceConfig
 from .models.registry import encoder_class
 from .ops import pooling
 from .pipeline.base import Pipeline
-from .pipeline.feed import on_host
+from .pipeline.feed import finite_rows
 from .pipeline.inputs import Pair, brief, check_pair, check_text_or_pair, listed
 from .pipeline.keywords import keyworded
 from .pipeline.prompts import Prompted
@@ -112,7 +112,7 @@ class Reranker(Prompted, Pipeline):
                 scores = scores.squeeze(-1)
             elif apply_softmax:
                 scores = torch.softmax(scores, -1)
-            return on_host(scores, logits)  # a sigmoid hides an infinite one
+            return finite_rows(scores, logits)  # a sigmoid hides an infinite one
 
         def made(rows: list[Tensor]) -> np.ndarray:
             shape = () if len(self.labels) == 1 else (len(self.labels),)

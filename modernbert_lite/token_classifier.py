@@ -11,6 +11,7 @@ from torch import Tensor
 from .batch import PackedBatch
 from .checkpoint.open import Checkpoint
 from .pipeline.base import Pipeline
+from .pipeline.feed import sequences
 from .pipeline.inputs import listed
 from .pipeline.keywords import keyworded
 from .pipeline.tokenizer import Span
@@ -107,9 +108,9 @@ class TokenClassifier(Pipeline):
                 waiting.append(text)
                 yield text
 
-        def compute(batch: PackedBatch) -> list[Tensor | None]:
-            rows = self.forward(batch).float().cpu().split(batch.seqlens)
-            return [row.softmax(-1) if row.isfinite().all() else None for row in rows]
+        def compute(batch: PackedBatch) -> Iterator[Tensor | None]:
+            logits = sequences(self.forward(batch).float(), batch.seqlens)
+            return (row.softmax(-1) if row.isfinite().all() else None for row in logits)
 
         def entities(block: list[Tensor], _: int) -> list[list[Entity]]:
             window, waiting[:] = waiting[: len(block)], waiting[len(block) :]

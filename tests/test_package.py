@@ -281,7 +281,7 @@ def test_the_wheel_is_small(wheel):
     # Neither the bundled model, nor what pip keeps of a package: the README, and a hash for every file.
     code = [i for i in infos if not i.filename.startswith("modernbert_lite/tiny/") and ".dist-info/" not in i.filename]
     # The archive keeps about 100 bytes and two names an entry beside the content.
-    assert sum(i.compress_size + 2 * len(i.filename) + 100 for i in code) < 195_000
+    assert sum(i.compress_size + 2 * len(i.filename) + 100 for i in code) < 199_000
 
 
 def test_the_unpacked_wheel_works(wheel, tmp_path):
@@ -317,7 +317,7 @@ def test_the_core_stays_lite():
     """An alarm that asks for a thought, not a limit to game. A sum only says "too much", so each room has its own. The
     thought so far: what reads a stranger's files is half of the whole, because every key of transformers' and
     sentence-transformers' files is honoured or refused by name."""
-    alarms = {"ops": 1_960, "models": 1_280, "checkpoint": 1_700, "pipeline": 2_160, "cli": 1_340, "": 2_070}
+    alarms = {"ops": 1_960, "models": 1_280, "checkpoint": 1_700, "pipeline": 2_230, "cli": 1_340, "": 2_110}
     lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in CORE}
     for room, alarm in alarms.items():
         total = sum(count for name, count in lines.items() if (name.partition(".")[0] if "." in name else "") == room)

@@ -334,7 +334,7 @@ def test_the_four_claims_are_measured():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert f"{len(project['dependencies'])} dependencies" in README
     assert "[under 200 kB]" in README
-    assert "< 195_000" in (ROOT / "tests" / "test_package.py").read_text(encoding="utf-8")
+    assert "< 199_000" in (ROOT / "tests" / "test_package.py").read_text(encoding="utf-8")
     (lines,) = re.findall(r"one file of \[under (\d+) lines\]", README)
     families = [path.read_text(encoding="utf-8") for path in (ROOT / "modernbert_lite" / "models").glob("*.py")]
     assert max(text.count("\n") for text in families) < int(lines)

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..batch import PackedBatch, pack, plan_batches
+from ..batch import PackedBatch, pack, plan_batches, to_host
 from ..reading import warn
 from .inputs import brief, keeping, length
 from .tokenizer import FirstCut, Text, Tokenizer
@@ -89,19 +90,24 @@ class Feeder:
             device or self.device,
         )
         seen = truncated = 0
+        reading = _windows(texts)
+        # A GPU takes the next window's first batch before the results of this one are read: it never runs dry. On a CPU
+        # there is nothing to gain, and a slow source's results come at once.
+        stretches = [reading] if looks_ahead(feed.device) else ([window] for window in reading)
         with closing(_progress(total, show_progress_bar)) as bar:
-            for window in windows(texts):
-                results: list[Any] = [None] * len(window)
-                with closing(self._batches(window, seen, compute, feed)) as batches:
-                    for group, rows, cut in _one_behind(batches):
-                        for i, row in zip(group, on_host(rows) if isinstance(rows, Tensor) else rows, strict=True):
+            for stretch in stretches:
+                with closing(self._batches(stretch, compute, feed)) as batches:
+                    for window, group, rows, cut in _one_behind(batches):
+                        for i, row in zip(group, rows, strict=True):
                             if row is None:
-                                raise self._not_finite(window[i], (seen + i) // each)
-                            results[i] = row
+                                raise self._not_finite(window.texts[i], (window.first + i) // each)
+                            window.results[i] = row
                         bar.update(len(group))
+                        window.left -= len(group)
                         truncated += cut
-                seen += len(window)
-                yield results
+                        if not window.left:
+                            seen += len(window.texts)
+                            yield window.results
         if truncated:
             warn(_were_cut(truncated, seen, feed))
 
@@ -130,47 +136,45 @@ class Feeder:
         return made(rows)
 
     def _batches(
-        self,
-        window: list[Text],
-        first: int,
-        compute: Callable[[PackedBatch], Any],
-        feed: _Feed,
-    ) -> Generator[tuple[list[int], Any, int]]:
-        """Yields (the texts' places in the window, their results, how many more were cut), long texts first. first: the
-        number of the window's first text."""
+        self, stretch: Iterable[_Window], compute: Callable[[PackedBatch], Any], feed: _Feed
+    ) -> Generator[tuple[_Window, list[int], Any, int]]:
+        """Yields (a window, places of texts in it, their results, how many more were cut), long texts first."""
 
-        def encode(piece: list[int]) -> tuple[list[tuple[list[int], list[int]]], int]:
+        def encode(job: tuple[_Window, list[int]]) -> tuple[list[tuple[list[int], list[int]]], int]:
+            window, piece = job
             try:
-                ids, types, cut = feed.encode([window[i] for i in piece], 0, feed.max_length)
+                ids, types, cut = feed.encode([window.texts[i] for i in piece], 0, feed.max_length)
             except ValueError:
-                self._refuse(window, first, feed)
+                self._refuse(window.texts, window.first, feed)
                 raise
             if cut and self.on_long == "error":
-                self._refuse(window, first, feed)
+                self._refuse(window.texts, window.first, feed)
             return list(zip(ids, types, strict=True)), cut
 
-        pieces = _pieces(window)
+        jobs = ((window, piece) for window in stretch for piece in window.pieces)
         waiting: dict[int, tuple[list[int], list[int]]] = {}
         cut = 0
-        with closing(_one_ahead(encode, pieces)) as encoded:
-            for piece, (sequences, more) in zip(pieces, encoded, strict=True):
-                waiting.update(zip(piece, sequences, strict=True))
+        with closing(_one_ahead(encode, jobs)) as encoded:
+            for (window, piece), (found, more) in encoded:
+                waiting.update(zip(piece, found, strict=True))
                 cut += more
                 if more:  # where the warning is an error, it must come before the work: at the end it would lose it
-                    warn(_were_cut(cut, first + len(window), feed), only_as_error=True)
+                    warn(_were_cut(cut, window.first + len(window.texts), feed), only_as_error=True)
                 places = list(waiting)
                 groups = [
                     [places[i] for i in group]
                     for group in plan_batches([len(ids) for ids, _ in waiting.values()], feed.batch_tokens)
                 ]
-                if piece is not pieces[-1]:
+                if piece is not window.pieces[-1]:
                     groups.pop()  # it may have room for some of the next piece
                 for group in groups:
                     ids, types = zip(*(waiting.pop(i) for i in group), strict=True)
                     # The caller may have turned autocast on. The numbers are the model's own in any case.
                     with torch.inference_mode(), torch.autocast(feed.device.type, enabled=False):
                         rows = compute(pack(ids, feed.device, types if self.typed else None))
-                    yield group, rows, cut
+                        if isinstance(rows, Tensor):
+                            rows = finite_rows(rows)
+                    yield window, group, rows, cut
                     cut = 0
 
     def refuse_long(self, window: Sequence[Any], first: int) -> None:
@@ -199,11 +203,24 @@ class Feeder:
         return ValueError(f"the result of text {i}, {brief(text)}, is not finite in {dtype}; {advice}")
 
 
-def on_host(rows: Tensor, values: Tensor | None = None) -> Iterator[Tensor | None]:
-    """Rows (B, ..) as tensors on the host. A row is None if it, or its row of `values` (B, ..), is not finite. The
-    first row waits for the device."""
-    host = rows.cpu()
-    checked = host if values is None else values.cpu()
+def finite_rows(rows: Tensor, values: Tensor | None = None) -> Iterator[Tensor | None]:
+    """Starts a copy of the rows (B, ..) to the host, and yields them there. A row is None if it, or its row of `values`
+    (B, ..), is not finite. The first one waits for the copy, not for what the device does after it."""
+    return _finite(to_host(rows), None if values is None else to_host(values))
+
+
+def sequences(x: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
+    """Starts a copy of x (T, ..) to the host, and yields the rows of each sequence there, as `finite_rows` does."""
+    return _split(to_host(x), lengths)
+
+
+def _split(x: Callable[[], Tensor], lengths: Sequence[int]) -> Iterator[Tensor]:
+    yield from x().split(list(lengths))
+
+
+def _finite(rows: Callable[[], Tensor], values: Callable[[], Tensor] | None) -> Iterator[Tensor | None]:
+    host = rows()
+    checked = host if values is None else values()
     if math.isfinite(checked.sum()):  # one pass; a sum may overflow where no number does
         yield from host
         return
@@ -211,51 +228,78 @@ def on_host(rows: Tensor, values: Tensor | None = None) -> Iterator[Tensor | Non
     yield from (row if fine else None for row, fine in zip(host, finite, strict=True))
 
 
-def _one_ahead(function: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result]:
-    """Yields function(item) of each item. While the caller works on one, a thread makes the next. Closing ends the
-    thread.
+def looks_ahead(device: torch.device) -> bool:
+    return device.type == "cuda"
 
-    It is a plain thread: a pool of threads takes no more work once the main thread has ended.
-    """
-    wanted, stopped = threading.Semaphore(), threading.Event()
-    made: SimpleQueue[Result | BaseException] = SimpleQueue()
+
+def _one_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[tuple[Item, Result]]:
+    """Yields each item and function(item). While the caller works on one, a thread makes the next. Closing ends the
+    thread. Items are read here, one ahead. If that fails, what was read before comes first.
+
+    It is a plain thread: a pool of threads takes no more work once the main thread has ended."""
+    asked: SimpleQueue[Item | None] = SimpleQueue()
+    made: SimpleQueue[tuple[Item, Result] | BaseException] = SimpleQueue()
+    stopped = threading.Event()
+
+    def make(item: Item) -> None:
+        try:
+            made.put((item, function(item)))
+        except BaseException as error:  # noqa: BLE001  it is raised where the result is taken
+            made.put(error)
 
     def work() -> None:
-        for item in items:
-            wanted.acquire()
-            if stopped.is_set():
-                return
-            try:
-                made.put(function(item))
-            except BaseException as error:  # noqa: BLE001  it is raised where the result is taken
-                made.put(error)
+        while (item := asked.get()) is not None and not stopped.is_set():
+            make(item)
 
-    thread = threading.Thread(target=work, name="modernbert-lite: tokenizing")
+    def take() -> tuple[Item, Result]:
+        result = made.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    thread, waiting = threading.Thread(target=work, name="modernbert-lite: tokenizing"), False
     try:
-        if len(items) > 1:
-            thread.start()
-    except RuntimeError:  # no thread can be started: the interpreter ends, or the system has a limit
-        pass
-    if thread.ident is None:
-        yield from map(function, items)
-        return
-    try:
-        for _ in items:
-            result = made.get()
-            wanted.release()
-            if isinstance(result, BaseException):
-                raise result
-            yield result
+        for item in _kept_errors(items):
+            if isinstance(item, _Failed):
+                if waiting:
+                    yield take()
+                raise item.error
+            if waiting and thread.ident is None:  # a single item needs no thread
+                with suppress(RuntimeError):  # none can be started: the interpreter ends, or the system has a limit
+                    thread.start()
+            (make if thread.ident is None else asked.put)(item)
+            if waiting:
+                yield take()
+            waiting = True
+        if waiting:
+            yield take()
     finally:
         stopped.set()
-        wanted.release()
-        thread.join()
+        if thread.ident is not None:
+            asked.put(None)
+            thread.join()
+
+
+class _Failed(NamedTuple):
+    error: BaseException
+
+
+def _kept_errors(items: Iterable[Item]) -> Iterator[Item | _Failed]:
+    """The items, and at their end the error that reading them raised."""
+    try:
+        yield from items
+    except Exception as error:  # noqa: BLE001  it is raised in its turn
+        yield _Failed(error)
 
 
 def _one_behind(items: Iterator[Item]) -> Iterator[Item]:
-    """Yields each item when the next one is made: a device works on a batch while the host prepares the next."""
+    """Yields each item when the next one is made: a device works on a batch while the host prepares the next. If the
+    next one fails, the item before it comes first."""
     kept: list[Item] = []
-    for item in items:
+    for item in _kept_errors(items):
+        if isinstance(item, _Failed):
+            yield from kept
+            raise item.error
         kept.append(item)
         if len(kept) > 1:
             yield kept.pop(0)
@@ -297,6 +341,22 @@ def windows(texts: Iterable[T]) -> Iterator[list[T]]:
             window, characters = [], 0
     if window:
         yield window
+
+
+@dataclass
+class _Window:
+    texts: list[Any]
+    first: int  # its first text's number
+    pieces: list[list[int]]  # places of texts that are tokenized together
+    results: list[Any]
+    left: int  # how many results are not there yet
+
+
+def _windows(texts: Iterable[Any]) -> Iterator[_Window]:
+    first = 0
+    for window in windows(texts):
+        yield _Window(window, first, _pieces(window), [None] * len(window), len(window))
+        first += len(window)
 
 
 class Lenient:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor, nn
 
-from ..batch import PackedBatch
+from ..batch import PackedBatch, to_host
 from ..checkpoint.folder import Folder
 from ..checkpoint.sentence import SentenceConfig, length_limit
 from ..checkpoint.sparse import TASKS, SparseConfig, Splade, Static
@@ -29,6 +29,7 @@ from ..reading import (
     whole_number,
 )
 from .base import Pipeline
+from .feed import sequences
 from .inputs import check_text, listed
 from .keywords import keyworded
 from .prompts import Prompted
@@ -46,14 +47,16 @@ Weights = dict[str, float] | dict[int, float] | list[dict[str, float]] | list[di
 Row = tuple[Tensor, Tensor]  # of one text, on the host: ids of tokens (n,) int64, none twice, and weights (n,) fp32
 
 
-def splade_weights(network: Any, encoder: Callable[..., Tensor], road: Splade, batch: PackedBatch) -> list[Row | None]:
+def splade_weights(
+    network: Any, encoder: Callable[..., Tensor], road: Splade, batch: PackedBatch
+) -> Iterator[Row | None]:
     """The weights above 0 of each sequence, as in sentence-transformers' SpladePooling. All its tokens count, special
     tokens too. Computed in fp32 from the logits on.
 
     network: a masked language model. encoder(batch, False): the vectors (T, C) of its encoder.
     """
     hidden = encoder(batch, False)
-    rows: list[Row | None] = []
+    parts: list[Callable[[], list[Row | None]]] = []
     most = max(1, _MOST_LOGITS // network.config.vocab_size)
     start = 0
     for lengths in _parts(batch.seqlens, most):
@@ -64,26 +67,24 @@ def splade_weights(network: Any, encoder: Callable[..., Tensor], road: Splade, b
         else:  # one long sequence
             pieces = [_pool(network.logits(piece), (len(piece),), road) for piece in x.split(most)]
             pooled = _reduce(torch.cat(pieces), (len(pieces),), road)
-        rows += _nonzero(_activate(pooled.float(), road) if road.strategy == "max" else pooled)
-    return rows
+        parts.append(_nonzero_later(_activate(pooled.float(), road) if road.strategy == "max" else pooled))
+    return (row for part in parts for row in part())
 
 
-def token_weights(network: nn.Module, unweighted: frozenset[int], batch: PackedBatch) -> list[Row | None]:
+def token_weights(network: nn.Module, unweighted: frozenset[int], batch: PackedBatch) -> Iterator[Row | None]:
     """The weights of each sequence, by a token classifier of one label. A token's weight is its logit, or 0 if that is
     larger. The largest counts if the token comes several times. The `unweighted` ids have weight 0."""
-    weights = network(batch).squeeze(-1).float().cpu()
-    ids = batch.input_ids.cpu()
-    rows: list[Row | None] = []
-    for i, w in zip(ids.split(batch.seqlens), weights.split(batch.seqlens), strict=True):
-        if not w.isfinite().all():
-            rows.append(None)
-            continue
-        largest: dict[int, float] = {}
-        for token, weight in zip(i.tolist(), w.tolist(), strict=True):
-            if weight > 0 and token not in unweighted:
-                largest[token] = max(weight, largest.get(token, 0.0))
-        rows.append((torch.tensor(list(largest), dtype=torch.int64), torch.tensor(list(largest.values()))))
-    return rows
+    weights = sequences(network(batch).squeeze(-1).float(), batch.seqlens)
+    pairs = zip(batch.on_host.input_ids.split(batch.seqlens), weights, strict=True)
+    return (_largest(i.tolist(), w.tolist(), unweighted) if w.isfinite().all() else None for i, w in pairs)
+
+
+def _largest(ids: list[int], weights: list[float], unweighted: frozenset[int]) -> Row:
+    largest: dict[int, float] = {}
+    for token, weight in zip(ids, weights, strict=True):
+        if weight > 0 and token not in unweighted:
+            largest[token] = max(weight, largest.get(token, 0.0))
+    return torch.tensor(list(largest), dtype=torch.int64), torch.tensor(list(largest.values()))
 
 
 class StaticWeights(nn.Module):
@@ -274,7 +275,7 @@ class SparseEncoding(Prompted, Pipeline):
             kwargs["prompt"] = self.prompts.get(task, "")
         return self.encode_sparse(sentences, task=task, keys=keys, **kwargs)
 
-    def _road(self, task: str | None) -> tuple[Callable[[PackedBatch], list[Row | None]], dict[str, Any]]:
+    def _road(self, task: str | None) -> tuple[Callable[[PackedBatch], Iterable[Row | None]], dict[str, Any]]:
         """What computes the rows of such texts' batches, and the settings with which these texts are fed."""
         one_of("task", task, (*TASKS, None))
         if self.splade is None:
@@ -349,10 +350,19 @@ def _reduce(x: Tensor, lengths: Sequence[int], road: Splade) -> Tensor:
     return torch.cat(pooled)
 
 
+def _nonzero_later(pooled: Tensor) -> Callable[[], list[Row | None]]:
+    """Starts a copy to the host: on a GPU, looking for numbers would wait for all of its work."""
+    if pooled.device.type == "cpu":
+        rows = _nonzero(pooled)  # at once: they take a thousandth of its memory
+        return lambda: rows
+    host = to_host(pooled)
+    return lambda: _nonzero(host())
+
+
 def _nonzero(pooled: Tensor) -> list[Row | None]:
-    """(B, V) -> B rows, on the host. A row that is not finite is None."""
+    """(B, V), on the host -> B rows. A row that is not finite is None."""
     where = pooled.nonzero()  # NaN, too
-    weights = pooled[where[:, 0], where[:, 1]].cpu()
+    weights = pooled[where[:, 0], where[:, 1]]
     counts = torch.bincount(where[:, 0], minlength=len(pooled)).tolist()
-    rows = zip(where[:, 1].cpu().split(counts), weights.split(counts), strict=True)
+    rows = zip(where[:, 1].split(counts), weights.split(counts), strict=True)
     return [row if row[1].isfinite().all() else None for row in rows]

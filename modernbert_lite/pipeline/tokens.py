@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypedDict, overload
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..checkpoint.dense import Dense, Norm, Unit, finish
 from ..checkpoint.sentence import Pooling
 from ..ops import pooling
 from ..reading import as_whole, warn
-from .feed import Ids, on_host, windows
+from .feed import Ids, finite_rows, sequences, windows
 from .inputs import brief, check_text, listed
 from .keywords import keyworded
 from .sparse import SparseEncoding
@@ -106,16 +106,15 @@ class TokenVectors(SparseEncoding):
         given, single = listed(sentences, "sentences", lambda text, i: prompt + check_text(text, i))
         skip = self.tokenizer.prompt_length(prompt) if prompt and not self.pooling.include_prompt else 0
 
-        def compute(batch: PackedBatch) -> list[Any]:
+        def compute(batch: PackedBatch) -> Iterator[Any]:
             x = finish(self.forward(batch, False).float(), self.on_tokens, False, None)
-            tokens = x.cpu().split(batch.seqlens)
-            checked = [row if row.isfinite().all() else None for row in tokens]
+            checked = (row if row.isfinite().all() else None for row in sequences(x, batch.seqlens))
             if not everything:
                 return checked
-            vectors = on_host(finish(pooling.pool(x, batch, self.pooling.modes, skip), self.dense, unit, dim))
-            ids = batch.input_ids.cpu().long().split(batch.seqlens)
+            vectors = finite_rows(finish(pooling.pool(x, batch, self.pooling.modes, skip), self.dense, unit, dim))
+            ids = batch.on_host.input_ids.split(batch.seqlens)
             rows = zip(ids, checked, vectors, strict=True)
-            return [row if all(part is not None for part in row) else None for row in rows]
+            return (row if all(part is not None for part in row) else None for row in rows)
 
         def result(row: Any) -> Any:
             if not everything:

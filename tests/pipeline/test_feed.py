@@ -115,7 +115,7 @@ def test_the_next_piece_is_tokenized_while_one_is_computed(model, small, monkeyp
     model.encode(texts)
     assert not any(alone)
     assert len(callers) == len(pieces)
-    assert threading.current_thread() not in callers
+    assert threading.current_thread() not in callers[1:]  # nothing could go on beside the first piece
 
 
 def test_a_small_input_needs_no_other_thread(model, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 # The most tokens in a batch, by default: a GPU needs many to be busy, a CPU keeps few in its caches.
-GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 16_384, 4_096
+GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 32_768, 4_096
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -134,18 +135,37 @@ def pack(
         if lengths_of_types != seqlens:
             told = f"token_type_ids have the lengths {reprlib.repr(lengths_of_types)}, the sequences "
             raise ValueError(told + reprlib.repr(seqlens))
-    starts = [0, *accumulate(seqlens)]
-    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=ids.device)
-    lengths = torch.tensor(seqlens, dtype=torch.int64, device=ids.device)
-    position_ids = torch.arange(len(ids), device=ids.device) - cu_seqlens[:-1].long().repeat_interleave(lengths)
+    starts = np.array([0, *accumulate(seqlens)], np.int64)
+    places = np.arange(len(ids)) - np.repeat(starts[:-1], seqlens)
+    cu_seqlens, position_ids = (torch.from_numpy(x).to(ids.device) for x in (starts.astype(np.int32), places))
     batch = PackedBatch(ids, cu_seqlens, max(seqlens, default=0), position_ids, seqlens, high, types, max(high_type, 0))
     return batch if device is None else batch.to(device)
+
+
+def _join_lists(sequences: list[Any]) -> tuple[Tensor, tuple[int, ...], int] | None:
+    """`_join` of lists, a tokenizer's result, through one array. None for anything else, and for what is no id."""
+    joined = array("q")
+    try:
+        for sequence in sequences:
+            if type(sequence) is not list or (sequence and type(sequence[0]) is bool):
+                return None
+            joined.fromlist(sequence)
+    except (TypeError, OverflowError):
+        return None
+    ids = np.frombuffer(joined, np.int64) if joined else np.empty(0, np.int64)
+    if len(ids) and ids.min() < 0:
+        return None
+    return torch.from_numpy(ids), tuple(map(len, sequences)), int(ids.max(initial=-1))
 
 
 def _join(
     sequences: Iterable[Sequence[int] | np.ndarray | Tensor], name: str, kind: str
 ) -> tuple[Tensor, tuple[int, ...], int]:
     """The sequences end to end, (T,) int64; their lengths; the largest number (-1 if T is 0)."""
+    sequences = list(sequences)
+    lists = _join_lists(sequences)
+    if lists is not None:
+        return lists
     parts = []
     for i, sequence in enumerate(sequences):
         if isinstance(sequence, np.ndarray) and sequence.dtype.kind in "iu":  # of any size, byte order, read-only too

@@ -1,6 +1,7 @@
 """Packing token ids, the padded edge, and batches by token budget."""
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -289,3 +290,19 @@ def test_a_message_about_thousands_of_sequences_is_short():
     with pytest.raises(ValueError, match="have the lengths") as error:
         ml.pack([[5]] * 9_000, token_type_ids=[[0, 0]] * 9_000)
     assert len(str(error.value)) < 200
+
+
+def test_packing_lists_goes_through_one_array():
+    """As a tokenizer gives them: 16,384 tokens in well under a millisecond, and the same batch as from tensors."""
+    sequences = [[(7 * i + j) % 50_000 for j in range(128)] for i in range(128)]
+    spent = []
+    for _ in range(20):
+        start = time.perf_counter()
+        batch = ml.pack(sequences)
+        spent.append(time.perf_counter() - start)
+    other = ml.pack(map(torch.tensor, sequences))
+    for name in ("input_ids", "cu_seqlens", "position_ids"):
+        assert torch.equal(getattr(batch, name), getattr(other, name))
+        assert getattr(batch, name).dtype == getattr(other, name).dtype
+    assert (batch.seqlens, batch.max_id) == (other.seqlens, other.max_id)
+    assert min(spent) < 2e-3  # 0.2 ms are usual: a tensor per sequence takes 2 to 4

@@ -317,7 +317,7 @@ def test_the_core_stays_lite():
     """An alarm that asks for a thought, not a limit to game. A sum only says "too much", so each room has its own. The
     thought so far: what reads a stranger's files is half of the whole, because every key of transformers' and
     sentence-transformers' files is honoured or refused by name."""
-    alarms = {"ops": 1_960, "models": 1_280, "checkpoint": 1_700, "pipeline": 2_230, "cli": 1_340, "": 2_120}
+    alarms = {"ops": 1_990, "models": 1_280, "checkpoint": 1_700, "pipeline": 2_230, "cli": 1_340, "": 2_120}
     lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in CORE}
     for room, alarm in alarms.items():
         total = sum(count for name, count in lines.items() if (name.partition(".")[0] if "." in name else "") == room)

@@ -48,12 +48,24 @@ def bucket_of(tokens: int, sequences: int) -> tuple[int, int]:
     return -(-room // step) * step, several
 
 
+_registered = [0]  # how often any module of this process got a parameter
+
+
+def _count(*_: object) -> None:
+    _registered[0] += 1
+
+
+@functools.cache
+def _watch() -> None:
+    nn.modules.module.register_module_parameter_registration_hook(_count)
+
+
 class Graphed:
     """Calls `forward` of a network, by replaying a CUDA graph where that is faster, elsewhere as it is.
 
-    network: its `config` has vocab_size. Its weights may be written to or replaced, its modules may not. Hooks don't
-    run in a replay. forward: called with a PackedBatch and hashable arguments; it returns a tensor with one row per
-    token or one row per sequence. Default: the network itself.
+    network: its `config` has vocab_size. Its weights may be written to or replaced (`layer.weight = ..`, `to`), its
+    modules may not. Hooks don't run in a replay. forward: called with a PackedBatch and hashable arguments; it returns
+    a tensor with one row per token or one row per sequence. Default: the network itself.
 
     A batch of up to max_tokens is captured when its bucket is seen for the second time. At most max_graphs are kept;
     they share one stream and one memory pool. When there would be more, all are dropped, and from then on a bucket must
@@ -79,22 +91,33 @@ class Graphed:
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
+        _watch()
         self._lock = threading.Lock()
         self._failed = False
         self._sightings = 2  # how often a bucket is seen before it is captured: most never come again
         self._seen: Counter[Key] = Counter()
         self._graphs: dict[Key, _Graph] = {}
         self._device: _Device | None = None
-        self._addresses = self._where()
+        self._mark: tuple[Hashable, ...] = ()
+        self._addresses: tuple[Hashable, ...] = ()
 
-    def _where(self) -> tuple[Hashable, ...]:
-        return tuple((weight.data_ptr(), weight.dtype) for weight in self._tensors())
+    def _moved(self) -> bool:
+        """Whether weights lie elsewhere than before. A walk over all of them takes as long as a replay, so it is done
+        only if a module of this process has got a parameter (_count), or the first or last weight has moved: `to` and
+        `half` move all of them, and don't tell."""
+        ends = (parameters[name] for parameters, name in (self._weights[0], self._weights[-1]))
+        mark = (_registered[0], *((weight.data_ptr(), weight.dtype) for weight in ends))
+        if mark == self._mark:
+            return False
+        self._mark, before = mark, self._addresses
+        self._addresses = tuple((weight.data_ptr(), weight.dtype) for weight in self._tensors())
+        return self._addresses != before
 
     def _start_anew(self) -> None:
         """Drops all graphs at once: dropping one may free the matrix library's workspace that the others use."""
         if self._device is not None:
             self._device.synchronize()
-        self._device, self._graphs, self._addresses = None, {}, self._where()
+        self._device, self._graphs = None, {}
         self._seen.clear()
 
     def __reduce__(self) -> Any:
@@ -108,7 +131,7 @@ class Graphed:
             return self.forward(batch, *arguments)
         check_batch(batch, self._config)  # a replay runs no Python
         with self._lock:
-            if self._addresses != self._where():  # other weights: a graph would read the old ones
+            if self._moved():  # other weights: a graph would read the old ones
                 self._start_anew()
             graph = self._find(batch, arguments)
             if graph is not None:
@@ -135,7 +158,7 @@ class Graphed:
             return False
         if not 0 < len(batch.input_ids) <= self.max_tokens or 0 in batch.seqlens or batch.key_seqlens:
             return False
-        if torch.is_autocast_enabled() or wants_gradient(*self._tensors()):
+        if torch.is_autocast_enabled() or (torch.is_grad_enabled() and wants_gradient(*self._tensors())):
             return False
         # Other backends ask the host for lengths, and a replay has no host.
         takes_kernels = backend("attention", weight) == "triton"

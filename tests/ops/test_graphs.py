@@ -256,6 +256,22 @@ def test_weights_may_change(captures):
     assert len(captures) >= 2
 
 
+def test_a_replay_walks_over_no_weights_and_other_modules_drop_no_graph(captures, monkeypatch):
+    graphed = graphs.Graphed(small_model(1))
+    with torch.inference_mode():
+        for _ in range(3):
+            graphed(batch_of(20))
+        walks, tensors = [], graphs.Graphed._tensors
+        monkeypatch.setattr(graphs.Graphed, "_tensors", lambda self: walks.append(1) or tensors(self))
+        graphed(batch_of(20))
+        assert not walks
+        torch.nn.Linear(2, 2)  # somebody's parameters: one look, and the graph stays
+        for _ in range(2):
+            graphed(batch_of(20))
+    assert len(walks) == 1
+    assert len(captures) == 1
+
+
 def test_a_batch_that_the_network_refuses_is_refused_by_a_graph_too(captures):
     graphed = graphs.Graphed(small_model(1))
     for _ in range(2):

@@ -287,6 +287,7 @@ def attention(
     tile_table: Tensor | None = None,
     block: int | None = None,
     config: dict[str, int] | None = None,
+    check: bool = True,
 ) -> Tensor:
     """Attention inside each sequence: qkv (T, H + 2 Hkv, D) -> (T, H, D), scaled by D^-0.5, `heads` being H: the heads
     of q, then of k, then of v, of which H / Hkv neighbours in q share one. Also (T, 3, H, D), without `heads`. Forward
@@ -299,11 +300,11 @@ def attention(
     tile_table and block: what `tiles` gave for these sequences and this block (neither is checked: another table gives
     other numbers), and cu_seqlens is not looked at; without them it is brought to the host, which waits for the device.
     config: BLOCK_N, num_warps, num_stages, to measure others.
-    Raises ValueError, naming the argument, for what it can't do.
+    Raises ValueError, naming the argument, for what it can't do. check: as in `layer_norm`.
     """
     q, k, v = _split(qkv, heads)
     T = len(qkv)
-    if not isinstance(window_size, (tuple, list)) or [type(side) for side in window_size] != [int, int]:
+    if check and (not isinstance(window_size, (tuple, list)) or [type(side) for side in window_size] != [int, int]):
         raise ValueError(
             f"window_size is {window_size!r}; it must be two whole numbers, (left, right), -1 for no limit"
         )
@@ -313,6 +314,8 @@ def attention(
         lengths = [b - a for a, b in pairwise(values)]
         block = block or block_m(max(lengths), qkv.dtype, left >= 0 or right >= 0)
         tile_table = tiles(lengths, max(block, 1)).to(qkv.device)
+    if check:
+        _check(q, k, v, tile_table, block, cos, sin)
     return _launch(q, k, v, tile_table, block, left, right, cos, sin, config)
 
 
@@ -359,22 +362,14 @@ def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, check: bool = Tr
     table = torch.stack([row, row + 1, cu_seqlens[:-1], cu_seqlens[1:]], 1)
     k, v = kv.chunk(2, 1)
     block = 32 if q.dtype == torch.float32 else 64  # one row of it is used; the matrix units take no fewer
+    _check(q, k, v, table, block)
     return _launch(q, k, v, table, block, -1, -1, None, None, None)
 
 
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    block: int,
-    left: int,
-    right: int,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    config: dict[str, int] | None,
-) -> Tensor:
-    (Q, H, D), T = q.shape, len(k)
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, block: int, cos: Tensor | None = None, sin: Tensor | None = None
+) -> None:
+    (Q, _, D), T = q.shape, len(k)
     if D not in HEAD_DIMS:
         raise ValueError(f"qkv has head_dim {D}; it must be one of {', '.join(map(str, HEAD_DIMS))}")
     if q.dtype not in _DTYPES:
@@ -399,6 +394,21 @@ def _launch(
             raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; it must be (P, {D // 2}) float32, contiguous")
     if cos is not None and sin is not None and not len(cos) == len(sin) >= 1:
         raise ValueError(f"cos is {tuple(cos.shape)}, sin {tuple(sin.shape)}; both must have the same rows, 1 at least")
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    block: int,
+    left: int,
+    right: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    config: dict[str, int] | None,
+) -> Tensor:
+    (Q, H, D), T = q.shape, len(k)
     hopper = _is_hopper(q.device)
     out = torch.empty((Q, H, D), dtype=q.dtype, device=q.device)
     if out.numel() == 0 or len(table) == 0:

@@ -112,13 +112,14 @@ def _check(act: str, **tensors: Tensor) -> None:
         raise ValueError(f"act is {act!r}; it must be 'gelu' or 'silu'")
 
 
-def geglu(activated: Tensor, gate: Tensor, act: str = "gelu") -> Tensor:
+def geglu(activated: Tensor, gate: Tensor, act: str = "gelu", *, check: bool = True) -> Tensor:
     """act(activated) * gate: two (T, N) views with contiguous rows, often halves of one (T, 2N), -> (T, N).
 
     act: "gelu" (exact, by erf) or "silu". fp32 arithmetic, the inputs' dtype. Raises ValueError for other shapes,
-    dtypes, strides or activations, and for 2^31 elements or more.
+    dtypes, strides or activations, and for 2^31 elements or more. check: as in `layer_norm`.
     """
-    _check(act, activated=activated, gate=gate)
+    if check:
+        _check(act, activated=activated, gate=gate)
     T, N = activated.shape
     out = torch.empty((T, N), dtype=activated.dtype, device=activated.device)
     if out.numel():

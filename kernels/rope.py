@@ -55,23 +55,7 @@ def _rope_kernel(
     tl.store(second, (x2 * c + x1 * s).to(x.dtype.element_ty), mask=inside)
 
 
-def rope_(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None = None,
-    *,
-    heads: int | None = None,
-    inverse: bool = False,
-) -> Tensor:
-    """Rotates the first `heads` heads of qkv (T, N, D) in place and returns it; the others stay. fp32 arithmetic. Also
-    q and k of (T, 3, H, D), k of (T, 2, H, D), q alone (T, 1, H, D), without `heads`.
-
-    cos, sin (P, D / 2) fp32, contiguous: row t is token t's, or with position_ids (T,) int32 or int64 row
-    position_ids[t] (values beyond the tables take their first or last row). D even. Split halves (NeoX): pair j is
-    (x[j], x[j + D/2]). inverse: rotates back, which is also the backward pass (the sine negated).
-    Raises ValueError, naming the argument, for what it can't do, a qkv that requires a gradient among it.
-    """
+def _check(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, heads: int | None) -> None:
     if heads is None and (qkv.dim() != 4 or qkv.shape[1] not in (1, 2, 3)):
         raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D), or (T, 2, H, D), or (T, 1, H, D)")
     if heads is not None and (qkv.dim() != 3 or not 0 <= heads <= qkv.shape[1]):
@@ -79,8 +63,7 @@ def rope_(
     if torch.is_grad_enabled() and qkv.requires_grad:
         raise ValueError("qkv requires a gradient, which a change in place would falsify: use rope_op")
     T, D = qkv.shape[0], qkv.shape[-1]
-    # All turned heads are one row of them, or two: q's and k's.
-    turned, H = (1, heads) if heads is not None else (max(1, qkv.shape[1] - 1), qkv.shape[2])
+    H = qkv.shape[2] if heads is None else heads
     if qkv.dtype not in _DTYPES:
         raise ValueError(f"qkv has dtype {qkv.dtype}; it must be float16, bfloat16 or float32")
     if D % 2 or D == 0:
@@ -110,6 +93,32 @@ def rope_(
             f"position_ids is {tuple(position_ids.shape)} {position_ids.dtype}; "
             f"it must be ({T},) int32 or int64, contiguous"
         )
+
+
+def rope_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    heads: int | None = None,
+    inverse: bool = False,
+    check: bool = True,
+) -> Tensor:
+    """Rotates the first `heads` heads of qkv (T, N, D) in place and returns it; the others stay. fp32 arithmetic. Also
+    q and k of (T, 3, H, D), k of (T, 2, H, D), q alone (T, 1, H, D), without `heads`.
+
+    cos, sin (P, D / 2) fp32, contiguous: row t is token t's, or with position_ids (T,) int32 or int64 row
+    position_ids[t] (values beyond the tables take their first or last row). D even. Split halves (NeoX): pair j is
+    (x[j], x[j + D/2]). inverse: rotates back, which is also the backward pass (the sine negated).
+    Raises ValueError, naming the argument, for what it can't do, a qkv that requires a gradient among it. check: as in
+    `layer_norm`.
+    """
+    if check:
+        _check(qkv, cos, sin, position_ids, heads)
+    T, D = qkv.shape[0], qkv.shape[-1]
+    # All turned heads are one row of them, or two: q's and k's.
+    turned, H = (1, heads) if heads is not None else (max(1, qkv.shape[1] - 1), qkv.shape[2])
     if qkv.numel() and H:
         grid = (triton.cdiv(T, BLOCK_T) * triton.cdiv(turned * H, BLOCK_H),)
         with torch.cuda.device_of(qkv):  # triton launches on the current device

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import PackedBatch
+from ..batch import PackedBatch, to_device
 from .reference import mean_pool as mean
 
 _ROWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -87,11 +88,12 @@ def pool(x: Tensor, batch: PackedBatch, modes: Sequence[str], skip: int = 0) -> 
 def _without_prompt(x: Tensor, batch: PackedBatch, skip: int) -> tuple[Tensor, PackedBatch]:
     # Positions stay as they were: `weightedmean` weighs each remaining token by its place in the whole sequence.
     left = tuple([n - min(skip, n) for n in batch.seqlens])
-    keep = batch.position_ids >= skip
-    cu_seqlens = F.pad(torch.tensor(left, dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32), (1, 0))
+    # On the host, because finding them on the device would wait for it.
+    keep = to_device((batch.on_host.position_ids >= skip).nonzero().flatten(), x.device)
+    ends = torch.tensor([0, *accumulate(left)], dtype=torch.int32, device="cpu")
     return x[keep], replace(
         batch,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=to_device(ends, x.device),
         seqlens=left,
         position_ids=batch.position_ids[keep],
         input_ids=batch.input_ids[keep],

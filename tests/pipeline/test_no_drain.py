@@ -1,6 +1,7 @@
 """A card never waits for the host between two batches: results are copied as soon as they are made, and read when the
 next batch is on its way. A stand-in for a card records the order of calls, here on the CPU."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ import modernbert_lite as ml
 from modernbert_lite import batch as batches
 from modernbert_lite import fill_mask, late_interaction
 from modernbert_lite.checkpoint.sparse import Splade
+from modernbert_lite.ops import pooling
 from modernbert_lite.pipeline import feed, sparse
 
 TEXTS = [f"{'river stone quick ' * (i % 5)} {i} green house [MASK]" for i in range(40)]
@@ -51,6 +53,7 @@ def card(monkeypatch):
 
     monkeypatch.setattr(batches, "to_device", lambda x, device: x.as_subclass(Card))
     monkeypatch.setattr(fill_mask, "to_device", lambda x, device: x.as_subclass(Card))
+    monkeypatch.setattr(pooling, "to_device", lambda x, device: x.as_subclass(Card))
     monkeypatch.setattr(ml.PackedBatch, "on_host", property(lambda self: self._host or self))
     monkeypatch.setattr(feed, "looks_ahead", lambda device: True)
     monkeypatch.setattr(feed, "_WINDOW_TEXTS", 16)  # more than one window
@@ -127,6 +130,17 @@ def test_classifiers_and_sparse_encoders_too(make_checkpoint, card):
     Card.events.clear()
     model.predict(TEXTS)
     assert_never_dry([(what, n - min(m for w, m in events if w == "launch") + 1) for what, n in events])
+
+
+def test_a_prompt_that_is_not_pooled_too(small_folders, card):
+    model = ml.Embedder.from_pretrained(small_folders["dense"], device="cpu")
+    model.pooling = replace(model.pooling, include_prompt=False)
+    expected = model.encode(TEXTS, prompt="stone river ")
+    assert np.abs(expected - model.encode(TEXTS)).max() > 1e-3
+    events = card(model)
+    Card.events.clear()
+    assert np.abs(model.encode(TEXTS, prompt="stone river ") - expected).max() <= 1e-5
+    assert_never_dry(events)
 
 
 def test_weights_of_the_vocabulary_too(small_folders, card):

@@ -73,6 +73,7 @@ def read_rope(
             short_factor=read.numbers("short_factor", head_dim // 2),
             long_factor=read.numbers("long_factor", head_dim // 2),
         )
+    assert rope_type == "yarn", rope_type
     if theta == 1:
         raise CheckpointError(f"{name} with a rope_theta of 1, whose logarithm it divides by: it must be another")
     return Rope(

@@ -56,7 +56,7 @@ def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device, long: b
 
     The operations and their order are those of transformers' `modeling_rope_utils`: far positions show a last bit.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     base = rope.theta**exponents
     original, factor = rope.original_max_position_embeddings, rope.factor
     if rope.type == "default":
@@ -71,13 +71,13 @@ def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device, long: b
         growth = factor * original / original - (factor - 1)  # 1, but for rounding
         inverse = 1.0 / (rope.theta * growth ** (head_dim / (head_dim - 2))) ** exponents
     elif rope.type == "longrope":
-        stretch = torch.tensor(rope.long_factor if long else rope.short_factor, dtype=torch.float32)
+        stretch = torch.tensor(rope.long_factor if long else rope.short_factor, dtype=torch.float32, device="cpu")
         inverse = 1.0 / (stretch * base)
     elif rope.type == "llama3":
         inverse = _by_wavelength(1.0 / base, rope)
     elif rope.type == "ntk":
         inverse = 1.0 / (rope.theta * factor) ** exponents / factor ** (2 / head_dim)
-    else:
+    elif rope.type == "yarn":
 
         def dimension(rotations: float) -> float:  # the pair that turns this often over the original length
             return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -87,7 +87,7 @@ def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device, long: b
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
         high += 0.001 if high == low else 0
-        ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+        ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
         kept = 1 - ramp
         inverse = 1.0 / (factor * base) * (1 - kept) + 1.0 / base * kept
     return inverse.to(device)

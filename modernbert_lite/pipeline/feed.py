@@ -166,7 +166,7 @@ class Feeder:
                     for group in plan_batches([len(ids) for ids, _ in waiting.values()], feed.batch_tokens)
                 ]
                 if piece is not window.pieces[-1]:
-                    groups.pop()  # it may have room for some of the next piece
+                    groups.pop()  # texts of the next piece may fit into this batch
                 for group in groups:
                     ids, types = zip(*(waiting.pop(i) for i in group), strict=True)
                     # The caller may have turned autocast on. The numbers are the model's own in any case.
@@ -204,8 +204,8 @@ class Feeder:
 
 
 def finite_rows(rows: Tensor, values: Tensor | None = None) -> Iterator[Tensor | None]:
-    """Starts a copy of the rows (B, ..) to the host, and yields them there. A row is None if it, or its row of `values`
-    (B, ..), is not finite. The first one waits for the copy, not for what the device does after it."""
+    """Starts a copy of the rows (B, ..) to the host, and yields them there. A row that isn't finite is None. With
+    `values` (B, ..), those are looked at in place of the rows. The first row waits for the copy, not for later work."""
     return _finite(to_host(rows), None if values is None else to_host(values))
 
 

@@ -3,9 +3,9 @@
     python -m bench.bench_encode --device cuda                    # base shape, bf16
     python -m bench.bench_encode --device cuda --shapes base large --compile --check
 
-Parity comes before a number is printed: against transformers in fp32, the error may be twice that of transformers in
-the same dtype, and the mean-pooled vectors must agree to a cosine of 0.999. A provider that fails, or has no room, gets
-a row that says so and no speed.
+Parity comes before a number is printed: against transformers in fp32, the error of hidden states and the distance of
+mean-pooled vectors (1 - cosine) may be twice those of transformers in the same dtype. A provider that fails, or has no
+room, gets a row that says so and no speed.
 
 What is counted: `tokens` are real ones, never padding. `seconds` is the wall's, a call of many that follow each other
 ("query" and "texts": of one whose result is waited for); `host_ms` is what the host needs to queue a call, `gpu_ms`
@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 CASES = ("query", "128", "512", "2048", "8192", "ragged")
 BATCH_TOKENS = (32_768, 4_096, 131_072, 16_384, 8_192, 65_536)  # the most telling first: time may run out
 PADDED_TOKENS = 32_768
-GRAPH_TOKENS = 4_096  # above it the GPU is busy longer than the host needs
+GRAPH_TOKENS = 32_768
 FP32_TOLERANCE = 2e-5
 MIN_COSINE = 0.999
 # Million tokens a second at the best batch size, base shape, bf16, one H200.
@@ -75,6 +75,21 @@ class Pool:
     texts: list[Tensor]
     expected: list[Tensor]
     error: float
+    distance: float = 0.0  # 1 - the least cosine of its mean-pooled vectors
+
+    @property
+    def most(self) -> float:
+        """The largest difference of hidden states that a provider may have."""
+        return max(2 * self.error + 1e-6, FP32_TOLERANCE)
+
+    @property
+    def least_cosine(self) -> float:
+        """Of mean-pooled vectors. With random weights, the mean of a long text is small beside the rounding of its
+        tokens, in transformers too: 0.998 at 2,048 tokens in bf16."""
+        return 1 - max(2 * self.distance, 1 - MIN_COSINE)
+
+    def told(self, cosine: float, difference: float) -> str:
+        return f"cosine {cosine:.6f} of {self.least_cosine:.6f}, difference {difference:.2e} of {self.most:.2e}"
 
 
 class Models:
@@ -112,7 +127,8 @@ class Models:
             exact, rough = hidden_states(self.exact, batches), hidden_states(self.theirs, batches)
             rows = dict(zip(order, exact.split([len(texts[i]) for i in order]), strict=True))
             error = float((rough.float() - exact).abs().max())
-            self.pools[case] = Pool(texts, [rows[i] for i in range(len(texts))], error)
+            pool = self.pools[case] = Pool(texts, [rows[i] for i in range(len(texts))], error)
+            pool.distance = 1 - compare(rough, pool, order)[0]
         return self.pools[case]
 
     def variant(self, change: Callable[[nn.Module], Any]) -> nn.Module:
@@ -150,16 +166,23 @@ def hidden_states(model: nn.Module, batches: Padded) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def fresh(batch: ml.PackedBatch) -> ml.PackedBatch:
+    new = replace(batch)
+    object.__setattr__(new, "_host", batch._host)
+    return new
+
+
 def providers(models: Models, texts: list[Tensor], compiled: bool) -> dict[str, Run]:
     """All give the hidden states of the real tokens, (T, C)."""
     batch = ml.pack(texts, models.device)
     rows = padded(texts, models.config.pad_token_id or 0, models.device)
     cuda = models.device.type == "cuda"
 
-    # A new batch a call: what ops keep in one (lists of tiles) is part of the work.
+    # A new batch a call: what ops keep in one (lists of tiles) is part of the work. Its ids are on the card, as are
+    # transformers', and known to the host, as they are in the pipeline.
     def ours(make: Callable[[], Callable[..., Tensor]]) -> Run:
         model = functools.cache(make)  # on the first call, where a failure costs one row
-        return lambda: model()(replace(batch))
+        return lambda: model()(fresh(batch))
 
     def theirs(make: Callable[[], nn.Module]) -> Run:
         model = functools.cache(make)
@@ -168,9 +191,9 @@ def providers(models: Models, texts: list[Tensor], compiled: bool) -> dict[str, 
     def graphed() -> Callable[..., Tensor]:
         from modernbert_lite.ops.graphs import Graphed
 
-        network = Graphed(models.ours)
+        network = Graphed(models.ours, max_tokens=GRAPH_TOKENS)
         for _ in range(2):  # a shape is captured when it comes for the second time
-            network(replace(batch))
+            network(fresh(batch))
         if not network._graphs:  # it then goes on without, silently
             raise RuntimeError("no graph was captured")
         return network
@@ -226,7 +249,6 @@ def run_case(
     total, flops = sum(lengths), model_flops(models.config, lengths)
     head = {"case": case, "shape": models.shape, "tokens": total, "batch_tokens": tokens, "sequences": len(lengths)}
     limit = memory_limit(models.config, total, dtype.itemsize, models.weights)
-    allowed = max(2 * pool.error + 1e-6, FP32_TOLERANCE)
     rows: dict[str, dict[str, Any]] = {}
     live: dict[str, Run] = {}
     ok = True
@@ -238,8 +260,8 @@ def run_case(
         out, allocated, reserved = peak_memory(run)  # of graphs, what capturing takes: a replay allocates nothing
         cosine, difference = compare(out, pool, indices)
         row |= {"cosine": f"{cosine:.6f}", "max_difference": f"{difference:.2e}"}
-        if not (cosine >= MIN_COSINE and difference <= allowed):  # NaN fails
-            raise Unequal(f"cosine {cosine:.6f}, difference {difference:.2e}, allowed {allowed:.2e}")
+        if not (cosine >= pool.least_cosine and difference <= pool.most):  # NaN fails
+            raise Unequal(pool.told(cosine, difference))
         if options.device == "cuda":
             row["peak_allocated_mb"] = f"{(models.weights + allocated) / 1e6:.0f}"
             row["peak_reserved_mb"] = f"{(models.weights + reserved) / 1e6:.0f}"

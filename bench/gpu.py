@@ -3,9 +3,10 @@
     python -m bench.gpu --out DIR [--minutes 9] [--skip-tests]
     python -m bench.gpu --out DIR --smoke    # the same machinery on any CPU, with tiny shapes
 
-Leaves in DIR: encode_gpu.csv, gte_gpu.csv, kernels_gpu.csv, tune_gpu.csv (launch parameters), report.md, roofline.svg,
-tests.log, sections.log. Each section is a process of its own with a share of the time that is left: one that crashes or
-hangs costs only itself. What is known is written every two seconds, so that a run that is killed leaves what it had.
+Leaves in DIR: encode_gpu.csv, gte_gpu.csv, kernels_gpu.csv, tune_gpu.csv (launch parameters), strings_gpu.csv,
+report.md, roofline.svg, sections.log, and tests.log unless the tests are left out. Each section is a process of its own
+with a share of the time that is left: one that crashes or hangs costs only itself. What is known is written every two
+seconds, so that a run that is killed leaves what it had.
 Exit status: 0; 1 if a section failed or numbers were wrong; 2 without a GPU.
 """
 
@@ -34,7 +35,7 @@ KERNELS = ("attention", "rope", "geglu", "layer_norm", "pooling")
 # Of these the ones marked gpu; the others in them can run on a card, too, with TRITON_INTERPRET=0, but not in minutes.
 TESTS = ("tests/kernels/test_*.py", "tests/ops/test_graphs.py", "tests/ops/test_gpu*.py")
 SIZES = (32_768, 8_192, 131_072, 1_024)  # tokens in a kernel's batch: what is promised is of the first
-TABLES = ("encode", "gte", "kernels", "tune")
+TABLES = ("encode", "gte", "kernels", "tune", "strings")
 
 
 @dataclass
@@ -67,20 +68,23 @@ def plan(smoke: bool, skip_tests: bool) -> list[Section]:
         tiny = shlex.split("encode --device cpu --dtype float32 --shapes smoke --cases query 128 ragged --batch-tokens")
         tiny += shlex.split("300 --repeats 3 --case-seconds 0.1 --smoke --texts")
         parts = [("encode", 2, tiny), ("kernels", 2, ["kernels", *KERNELS]), ("tune", 1, ["tune", "attention"])]
+        parts += [("strings", 1, ["strings", "--smoke", "--no-peer"])]
         parts += [("gte", 1, ["gte", "--smoke", "--cases", "8x128", "--repeats", "1"])]
         first = Section("tests", 1, [*pytest, "-q", "--collect-only"], log="tests.log")
     else:
         main, more = ["--batch-tokens", "32768", "4096", "131072"], ["--batch-tokens", "16384", "8192", "65536"]
         fixed = ["--cases", "128", "512", "2048", "8192", "ragged"]
         parts = [
-            ("ceilings", 1, ["ceilings"]),
+            ("ceilings", 0.5, ["ceilings"]),
             ("encode base", 5, ["encode", *main]),
-            *((name, 1.5 if name == "attention" else 1, ["kernels", name]) for name in KERNELS),
-            ("encode texts", 1, ["encode", "--cases", "--texts"]),
-            ("encode large", 2.5, ["encode", "--shapes", "large", *main]),
+            ("strings", 3.5, ["strings"]),
+            *((name, 3 if name == "attention" else 1, ["kernels", name]) for name in KERNELS),
+            ("tune attention", 3, ["tune", "attention"]),
+            ("encode large", 2, ["encode", "--shapes", "large", *main]),
             ("gte", 1.5, ["gte", "--device", "cuda"]),
-            ("encode base, more sizes", 1.2, ["encode", *fixed, *more]),
-            ("tune", 1, ["tune", "attention", "geglu", "layer_norm", "rope"]),
+            ("encode base, more sizes", 2, ["encode", *fixed, *more]),
+            ("encode texts", 1, ["encode", "--cases", "--texts"]),
+            ("tune", 1, ["tune", "geglu", "layer_norm", "rope"]),
             ("torch.compile, kernels", 0.7, ["compiled", *KERNELS[1:]]),
             ("torch.compile, encode", 1, ["encode", "--compile", "--cases", "512", "2048", *main[:2]]),
         ]
@@ -112,6 +116,8 @@ def section(kind: str, words: Sequence[str], smoke: bool) -> int:
         return 0
     if kind == "encode":
         return encode([*words, "--seconds", str(left)])
+    if kind == "strings":
+        return strings(words)
     if kind == "gte":
         return gte([*words, "--seconds", str(left)])
     return kernels(kind, words, time.monotonic() + left, smoke)
@@ -128,6 +134,17 @@ def encode(words: Sequence[str]) -> int:
             say(failure=f"{who}: {row['note']}")
 
     return 0 if bench_encode_gpu.run(bench_encode_gpu.parse(list(words)), emit) else 1
+
+
+def strings(words: Sequence[str]) -> int:
+    from bench import bench_strings
+
+    def emit(row: dict[str, Any]) -> None:
+        print(bench_strings.line(row), flush=True)
+        say(table="strings", row=row)
+
+    bench_strings.run(bench_strings.parse(list(words)), emit)
+    return 0
 
 
 def gte(words: Sequence[str]) -> int:
@@ -198,7 +215,7 @@ def run(sections: Sequence[Section], out: Path, seconds: float, smoke: bool) -> 
     for name in TABLES:
         (out / f"{name}_gpu.csv").unlink(missing_ok=True)  # an older run's would look like this one's
     for log in ("sections.log", "tests.log"):
-        (out / log).write_text("")
+        (out / log).unlink(missing_ok=True)
 
     def heard(lines: list[str]) -> None:
         findings.take(lines)
@@ -212,7 +229,8 @@ def run(sections: Sequence[Section], out: Path, seconds: float, smoke: bool) -> 
             continue
         findings.status[part.name] = "running"
         heard([])
-        code = follow(part, limit, out / part.log, smoke, heard)
+        known = {"BENCH_CEILINGS": json.dumps(findings.ceilings)} if findings.ceilings else {}
+        code = follow(part, limit, out / part.log, smoke, heard, known)
         how = "ok" if code == 0 else f"stopped at its limit of {limit:.0f} s" if code is None else f"exit {code}"
         findings.status[part.name] = f"{how}, {time.monotonic() - begun:.0f} s"
         print(f"{part.name}: {findings.status[part.name]}", flush=True)
@@ -221,9 +239,16 @@ def run(sections: Sequence[Section], out: Path, seconds: float, smoke: bool) -> 
 
 
 def follow(
-    part: Section, limit: float, log: Path, smoke: bool, heard: Callable[[list[str]], None], every: float = 2.0
+    part: Section,
+    limit: float,
+    log: Path,
+    smoke: bool,
+    heard: Callable[[list[str]], None],
+    known: dict[str, str] | None = None,
+    every: float = 2.0,
 ) -> int | None:
-    """Runs a section and passes on the lines that it says. Its exit status, or None: stopped at its limit."""
+    """Runs a section, with `known` in its environment, and passes on the lines that it says. Its exit status, or None:
+    stopped at its limit."""
     with tempfile.TemporaryDirectory() as folder, log.open("a") as output:
         told = Path(folder) / "lines"
         told.touch()
@@ -236,6 +261,7 @@ def follow(
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever a machine has: warnings are errors in the tests
             "PYTHONUNBUFFERED": "1",
         }
+        environment |= known or {}
         environment |= {"OMP_NUM_THREADS": "1"} if smoke else {}  # tiny work: threads would only wait for each other
         output.write(f"\n==== {part.name}, at most {limit:.0f} s\n")
         output.flush()
@@ -314,7 +340,7 @@ def promised(findings: Findings) -> list[tuple[str, str, str, str]]:
 
 
 def report(findings: Findings, out: Path, smoke: bool) -> str:
-    from bench import bench_encode_gpu, bench_gte, tables
+    from bench import bench_encode_gpu, bench_gte, bench_strings, tables
 
     title = "Smoke run: tiny shapes on a CPU, no measurements" if smoke else "On a GPU"
     lines = [f"# {title}", "", machine(findings), ""]
@@ -327,6 +353,7 @@ def report(findings: Findings, out: Path, smoke: bool) -> str:
     lines += ["| what | promised | measured | kept |", "|---|---|---|---|"]
     lines += [f"| {what} | {p} | {got or 'not measured'} | {met or '-'} |" for what, p, got, met in promised(findings)]
     lines += ["", "## Whole model, tokens a second", "", bench_encode_gpu.table(findings.rows["encode"], every=True)]
+    lines += ["", "## Strings to vectors", "", bench_strings.table(findings.rows["strings"])]
     lines += ["", "## GTE beside ModernBERT", "", bench_gte.table(findings.rows["gte"])]
     lines += ["", "## Kernels", "", tables.kernels_gpu(findings.rows["kernels"], every=True), "", "## Failures", ""]
     lines += [f"- {failure}" for failure in findings.failures] or ["None."]
@@ -335,7 +362,8 @@ def report(findings: Findings, out: Path, smoke: bool) -> str:
 
 def tests_summary(out: Path) -> str:
     """pytest's last line."""
-    said = [line for line in (out / "tests.log").read_text().splitlines() if line.strip()]
+    log = out / "tests.log"
+    said = [line for line in log.read_text().splitlines() if line.strip()] if log.exists() else []
     if said:
         return said[-1]
     return "not run" if importlib.util.find_spec("pytest") else "not run: pytest is not installed"

@@ -1,5 +1,5 @@
-"""CUDA graphs for small batches. A forward pass is some 200 kernel launches. Below about 4,000 tokens, launching takes
-the host longer than computing takes the card. A graph launches all kernels at once.
+"""CUDA graphs for small batches. A forward pass is some 200 kernel launches. Below about 20,000 tokens, launching takes
+the host longer than computing takes the card (bench/results/encode_gpu.csv). A graph launches all kernels at once.
 
 A graph has fixed shapes, so a batch is copied into a slightly larger one: its bucket (tokens, sequences, whether any
 sequence needs wide tiles). What is added changes no result: tokens that belong to no sequence, sequences without
@@ -9,6 +9,7 @@ tokens, tiles without queries.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import threading
 from collections import Counter
@@ -18,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch import PackedBatch, check_batch, to_device
+from ..batch import PackedBatch, check_batch
 from ..reading import warn
 from . import gpu
 from .choose import backend
 from .tracing import wants_gradient
 
-MAX_TOKENS = 4096
+MAX_TOKENS = 16_384
 MAX_GRAPHS = 64
 _SWITCH = "MODERNBERT_LITE_CUDA_GRAPHS"
 
@@ -34,8 +35,8 @@ Key = tuple[Hashable, ...]
 
 
 def bucket_of(tokens: int, sequences: int) -> tuple[int, int]:
-    """The bucket's (tokens, sequences), each at least the batch's: tokens in steps of a quarter or less, sequences by
-    fours.
+    """The bucket's (tokens, sequences), each at least the batch's: tokens in steps of a quarter or less, and of at
+    most 512; sequences by fours.
 
     tokens > sequences always, so a result's length tells whether it is per token or per sequence. Where sequences are
     added, so is a token: an added sequence starts at a token that exists.
@@ -44,7 +45,7 @@ def bucket_of(tokens: int, sequences: int) -> tuple[int, int]:
     """
     several = 1 << ((sequences - 1).bit_length() + 1) // 2 * 2
     room = max(tokens + (several > sequences), several + 1, 32)
-    step = max(8, 1 << (room - 1).bit_length() - 3)
+    step = min(max(8, 1 << (room - 1).bit_length() - 3), 512)
     return -(-room // step) * step, several
 
 
@@ -180,8 +181,8 @@ class Graphed:
             return None
         try:
             self._device = self._device or _Device(batch.input_ids.device)
-            static = _static_batch(batch, tokens, sequences, wide, self._last().dtype)
-            self._graphs[key] = _Graph(static, lambda: self.forward(static, *arguments), self._device, batch)
+            static = _Static(batch, tokens, sequences, wide, self._last().dtype)
+            self._graphs[key] = _Graph(static, lambda: self.forward(static.batch, *arguments), self._device, batch)
         except RuntimeError as error:  # also when memory runs out
             self._failed = True
             self._device, self._graphs = None, {}
@@ -228,52 +229,70 @@ class _Device:
 class _Graph:
     """One captured pass over a static batch."""
 
-    def __init__(self, static: PackedBatch, run: Callable[[], Tensor], device: _Device, batch: PackedBatch):
+    def __init__(self, static: _Static, run: Callable[[], Tensor], device: _Device, batch: PackedBatch):
         self.static, self.device = static, device
         device.wait()
-        _fill(static, batch)  # the capture runs it: on real tokens, not on what memory holds
+        static.fill(batch)  # the capture runs it: on real tokens, not on what memory holds
         self.replay, self.output = device.capture(run)
         device.leave()
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         self.device.wait()
-        _fill(self.static, batch)
+        self.static.fill(batch)
         self.replay()
-        per_token = len(self.output) == len(self.static.input_ids)
+        per_token = len(self.output) == len(self.static.batch.input_ids)
         result = self.output[: len(batch.input_ids) if per_token else len(batch.seqlens)].clone()
         self.device.leave()
         return result
 
 
-@torch.inference_mode(False)  # written to later, in or out of inference mode
-def _static_batch(like: PackedBatch, tokens: int, sequences: int, wide: bool, dtype: torch.dtype) -> PackedBatch:
-    """An empty batch of the bucket's shapes. Its lengths are not on the host: what asks for them can't be captured."""
-    static = PackedBatch(
-        input_ids=like.input_ids.new_zeros(tokens),
-        cu_seqlens=like.cu_seqlens.new_zeros(sequences + 1),
-        max_seqlen=tokens if wide else gpu.NARROW,
-        position_ids=like.position_ids.new_zeros(tokens),
-        token_type_ids=None if like.token_type_ids is None else like.token_type_ids.new_zeros(tokens),
-        seqlens=(),
-        max_id=0,
-    )
-    for block in gpu.blocks(static.max_seqlen, dtype):
-        static.cache["tiles", block] = like.cu_seqlens.new_zeros((tokens // block + sequences + 1, 4))
-    return static
+class _Static:
+    """An empty batch of a bucket's shapes. Its tensors are parts of one buffer, so one copy fills all of them. Its
+    lengths are not on the host: what asks for them can't be captured."""
+
+    @torch.inference_mode(False)  # written to later, in or out of inference mode
+    def __init__(self, like: PackedBatch, tokens: int, sequences: int, wide: bool, dtype: torch.dtype):
+        longest = tokens if wide else gpu.NARROW
+        self.blocks = gpu.blocks(longest, dtype)
+        names = ["input_ids", "position_ids"] + ["token_type_ids"] * (like.token_type_ids is not None)
+        self.shapes: dict[str, tuple[Any, ...]] = dict.fromkeys(names, (torch.int64, tokens))
+        self.shapes["cu_seqlens"] = torch.int32, sequences + 1
+        for block in self.blocks:
+            self.shapes[f"tiles {block}"] = torch.int32, tokens // block + sequences + 1, 4
+        bytes_ = sum(_padded_size(*shape) for shape in self.shapes.values())
+        self.buffer = torch.zeros(bytes_, dtype=torch.uint8, device=like.input_ids.device)
+        parts: dict[str, Any] = self._parts(self.buffer)
+        tables = {("tiles", block): parts.pop(f"tiles {block}") for block in self.blocks}
+        self.batch = PackedBatch(**parts, max_seqlen=longest, seqlens=(), max_id=0)
+        self.batch.cache.update(tables)
+
+    def _parts(self, buffer: Tensor) -> dict[str, Tensor]:
+        sizes = [_padded_size(*shape) for shape in self.shapes.values()]
+        return {
+            name: part[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for (name, (dtype, *shape)), part in zip(self.shapes.items(), buffer.split(sizes), strict=True)
+        }
+
+    def fill(self, batch: PackedBatch) -> None:
+        """A new pinned buffer each time: the copy before may not have read its own yet. The tail of ids and positions
+        is 0, which is valid, and its tokens belong to no sequence."""
+        host, T, B = batch.on_host, len(batch.input_ids), len(batch.seqlens)
+        staged = torch.zeros(len(self.buffer), dtype=torch.uint8, device="cpu", pin_memory=self.buffer.is_cuda)
+        parts = self._parts(staged)
+        for name in ("input_ids", "position_ids", "token_type_ids"):
+            if name in parts:
+                parts[name][:T] = getattr(host, name)
+        parts["cu_seqlens"][: B + 1] = host.cu_seqlens
+        parts["cu_seqlens"][B + 1 :] = T
+        for block in self.blocks:
+            table = parts[f"tiles {block}"]
+            table[:] = gpu.padded_tile_table(batch.seqlens, block, len(self.batch.input_ids), len(table))
+        self.buffer.copy_(staged, non_blocking=True)
 
 
-def _fill(static: PackedBatch, batch: PackedBatch) -> None:
-    T, B = len(batch.input_ids), len(batch.seqlens)
-    # The tail keeps its old ids and positions. They are valid, and their tokens belong to no sequence.
-    static.input_ids[:T].copy_(batch.input_ids)
-    static.position_ids[:T].copy_(batch.position_ids)
-    if static.token_type_ids is not None and batch.token_type_ids is not None:
-        static.token_type_ids[:T].copy_(batch.token_type_ids)
-    static.cu_seqlens[: B + 1].copy_(batch.cu_seqlens)
-    static.cu_seqlens[B + 1 :].fill_(T)
-    for (_, block), table in static.cache.items():
-        host = gpu.padded_tile_table(batch.seqlens, block, len(static.input_ids), len(table))
-        table.copy_(to_device(host, table.device))
+def _padded_size(dtype: torch.dtype, *shape: int) -> int:
+    """Bytes, up to a multiple of 128: Triton compiles for aligned addresses."""
+    return -(-math.prod(shape) * dtype.itemsize // 128) * 128
 
 
 def _can_capture(device: torch.device) -> bool:

@@ -18,7 +18,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 @on_a_gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_base_shape_against_transformers(make_checkpoint, dtype):
-    """ModernBERT-base's shape, random weights: hidden states by the 2x rule, mean vectors to a cosine of 0.999."""
+    """ModernBERT-base's shape, random weights: hidden states and mean vectors by the 2x rule."""
     half(dtype)
     folder, reference = make_checkpoint(
         hidden_size=768, intermediate_size=1152, num_attention_heads=12, num_hidden_layers=22, initializer_range=0.02
@@ -38,13 +38,16 @@ def test_base_shape_against_transformers(make_checkpoint, dtype):
         for parameter in reference.parameters():  # not .to(dtype), which would round RoPE's frequencies, too
             parameter.data = parameter.data.to(getattr(torch, dtype))
         for batch, truth in zip(batches, truths, strict=True):
-            got = model(batch).float()
-            if dtype == "float32":
-                assert (got - truth).abs().max() <= 1e-4 * truth.abs().max(), batch.seqlens
-            else:
-                assert (got - truth).abs().max() <= 2 * (theirs(batch) - truth).abs().max() + 1e-6, batch.seqlens
-            cosine = torch.cosine_similarity(pooling.mean(got, batch), pooling.mean(truth, batch))
-            assert cosine.min() >= 0.999, batch.seqlens
+            got, rough = model(batch).float(), theirs(batch)
+            bound = 1e-4 * truth.abs().max() if dtype == "float32" else 2 * (rough - truth).abs().max() + 1e-6
+            assert (got - truth).abs().max() <= bound, batch.seqlens
+            # The mean of a long random text is small beside the rounding of its tokens: 0.998 in bf16 at 2,048.
+            assert distance(got, truth, batch) <= 2 * distance(rough, truth, batch) + 1e-6, batch.seqlens
+
+
+def distance(a, b, batch):
+    """1 - the least cosine of the mean vectors."""
+    return 1 - torch.cosine_similarity(pooling.mean(a, batch).double(), pooling.mean(b, batch).double()).min()
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ mean-pooled vectors (1 - cosine) may be twice those of transformers in the same 
 room, gets a row that says so and no speed.
 
 What is counted: `tokens` are real ones, never padding. `seconds` is the wall's, a call of many that follow each other
-("query" and "texts": of one whose result is waited for); `host_ms` is what the host needs to queue a call, `gpu_ms`
+("query": of one whose result is waited for); `host_ms` is what the host needs to queue a call, `gpu_ms`
 what the GPU needs when it waits for nobody. MFU is the model's exact FLOPs (`model_flops`) over the datasheet's peak
 (`mfu`) and over a large matrix product of the same run (`mfu_measured`). Memory is the weights and the most that a call
 adds to them; `memory_limit_mb` is what is promised, `memory_limit`. transformers gets texts sorted by length and 32,768
@@ -37,7 +37,7 @@ import modernbert_lite as ml
 from bench import records, timing
 from bench.flops import memory_limit, model_flops, peak_flops
 from bench.records import NOT_MEASURED, Rows, where
-from bench.texts import QUERY_TOKENS, batch_of, pool_lengths, ragged_lengths
+from bench.texts import QUERY_TOKENS, batch_of, pool_lengths
 from bench.timing import attempt, free, peak_memory, waited
 
 OURS, GRAPHS, COMPILED = "modernbert-lite", "modernbert-lite graphs", "modernbert-lite compiled"
@@ -229,7 +229,7 @@ def wall_times(runs: dict[str, Run], case: str, options: argparse.Namespace) -> 
     """Median seconds a call. Of "query" each result is waited for; of the rest only the last of a round of calls."""
     once = timing.measure({name: waited(run, 1) for name, run in runs.items()}, 1)
     cuda = options.device == "cuda"
-    calls = {name: 1 if case == "query" or not cuda else max(1, math.ceil(0.02 / t)) for name, t in once.items()}
+    calls = {name: 1 if case == "query" or not cuda else max(5, math.ceil(0.02 / t)) for name, t in once.items()}
     round_s = sum(calls[name] * once[name] for name in runs)
     most = 20 * options.repeats if case == "query" and cuda else options.repeats
     repeats = max(3, min(most, int(options.case_seconds / round_s)))
@@ -311,53 +311,6 @@ def speeds(flops_per_s: float, card: str, dtype: torch.dtype, options: argparse.
     return row
 
 
-def run_texts(options: argparse.Namespace, where: dict[str, str], emit: Emit) -> bool:
-    """Strings in, vectors out: the bundled model, here and in sentence-transformers."""
-    from sentence_transformers import SentenceTransformer
-    from tokenizers import Tokenizer
-
-    tiny = Path(ml.__file__).parent / "tiny"
-    words = Tokenizer.from_file(str(tiny / "tokenizer.json"))
-    generator = torch.Generator().manual_seed(2)
-    count = 4 if options.smoke else 1_024
-    lengths = [ragged_lengths(128)[i] for i in torch.randint(128, (count,), generator=generator).tolist()]
-    high = words.get_vocab_size()
-    texts = [words.decode(torch.randint(5, high, (n,), generator=generator).tolist()) for n in lengths]
-    dtype = getattr(torch, options.dtype)
-    ours = ml.Embedder.from_pretrained("tiny", device=options.device, dtype=dtype)
-
-    def theirs(dtype: torch.dtype) -> Callable[[], Any]:
-        model = SentenceTransformer(str(tiny), device=options.device, model_kwargs={"dtype": dtype})
-        return lambda: model.encode(texts, batch_size=128, show_progress_bar=False)
-
-    runs = {OURS: lambda: ours.encode(texts, show_progress_bar=False), "sentence-transformers": theirs(dtype)}
-    expected = torch.as_tensor(theirs(torch.float32)())
-    lengths = [len(ids) for ids in ours.tokenizer.encode(texts)[0]]
-    head = {"case": "texts", "shape": "tiny", "tokens": sum(lengths), "batch_tokens": ours.batch_tokens}
-    head |= {"sequences": count, "dtype": options.dtype}
-    rows, ok = {}, True
-    for name, run in list(runs.items()):
-        row = rows[name] = dict.fromkeys(COLUMNS, "") | head | {"provider": name}
-        out, row["note"] = attempt(lambda run=run: torch.as_tensor(run()).float())
-        if not row["note"]:
-            cosine = float(nn.functional.cosine_similarity(out, expected).min())
-            row |= {"cosine": f"{cosine:.6f}", "max_difference": f"{float((out - expected).abs().max()):.2e}"}
-            row["note"] = "" if cosine >= MIN_COSINE else f"{Unequal.__name__}: cosine {cosine:.6f}"
-        if row["note"]:
-            del runs[name]
-            ok &= name != OURS and not row["note"].startswith(Unequal.__name__)
-    seconds = timing.measure(runs, 3)
-    for name, row in rows.items():
-        if name in seconds:
-            s = seconds[name]
-            row |= {"tokens_per_s": f"{sum(lengths) / s:.0f}", "seconds": f"{s:.6f}"}
-            row |= speeds(model_flops(ours.config, lengths) / s, where["card"], dtype, options)
-            if "sentence-transformers" in seconds:
-                row["ratio"] = f"{seconds['sentence-transformers'] / s:.2f}"
-        emit(row | where)
-    return ok
-
-
 def run(options: argparse.Namespace, emit: Emit) -> bool:
     """Every case, a row emitted as soon as it is known. False if a provider gave wrong numbers, or ours failed."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
@@ -386,12 +339,6 @@ def run(options: argparse.Namespace, emit: Emit) -> bool:
                     emit(row | {"dtype": options.dtype, "provider": OURS, "note": note} | where)
             models = None
             free()
-    if options.texts:
-        fine, note = attempt(lambda: run_texts(options, where, emit))
-        ok &= bool(fine)
-        if note:
-            row = dict.fromkeys(COLUMNS, "") | {"case": "texts", "shape": "tiny", "dtype": options.dtype}
-            emit(row | {"provider": OURS, "note": note} | where)
     return ok
 
 
@@ -430,8 +377,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-tokens", nargs="+", type=int, default=list(BATCH_TOKENS))
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile of both too: it takes minutes")
-    parser.add_argument("--texts", action="store_true", help="also from strings, beside sentence-transformers")
-    parser.add_argument("--smoke", action="store_true", help="few texts")
     parser.add_argument("--repeats", type=int, default=7, help="rounds at most, 3 at least")
     parser.add_argument("--case-seconds", type=float, default=3.0, help="about so long for the rounds of a case")
     parser.add_argument("--seconds", type=float, default=0, help="start no case after so many")

@@ -66,7 +66,7 @@ def plan(smoke: bool, skip_tests: bool) -> list[Section]:
     ]
     if smoke:
         tiny = shlex.split("encode --device cpu --dtype float32 --shapes smoke --cases query 128 ragged --batch-tokens")
-        tiny += shlex.split("300 --repeats 3 --case-seconds 0.1 --smoke --texts")
+        tiny += shlex.split("300 --repeats 3 --case-seconds 0.1")
         parts = [("encode", 2, tiny), ("kernels", 2, ["kernels", *KERNELS]), ("tune", 1, ["tune", "attention"])]
         parts += [("strings", 1, ["strings", "--smoke", "--no-peer"])]
         parts += [("gte", 1, ["gte", "--smoke", "--cases", "8x128", "--repeats", "1"])]
@@ -83,7 +83,6 @@ def plan(smoke: bool, skip_tests: bool) -> list[Section]:
             ("encode large", 2, ["encode", "--shapes", "large", *main]),
             ("gte", 1.5, ["gte", "--device", "cuda"]),
             ("encode base, more sizes", 2, ["encode", *fixed, *more]),
-            ("encode texts", 1, ["encode", "--cases", "--texts"]),
             ("tune", 1, ["tune", "geglu", "layer_norm", "rope"]),
             ("torch.compile, kernels", 0.7, ["compiled", *KERNELS[1:]]),
             ("torch.compile, encode", 1, ["encode", "--compile", "--cases", "512", "2048", *main[:2]]),

@@ -65,7 +65,12 @@ def checkpoints(entries: Rows, golden: Rows) -> str:
 
 
 TABLES = {"cpu": bench_cpu.table, "encode_cpu": bench_encode.table, "encode_gpu": bench_encode_gpu.table}
-TABLES |= {"kernels_gpu": kernels_gpu, "gte_cpu": bench_gte.table, "gte_gpu": bench_gte.table}
+TABLES |= {
+    "h100/encode_gpu": bench_encode_gpu.table,
+    "kernels_gpu": kernels_gpu,
+    "gte_cpu": bench_gte.table,
+    "gte_gpu": bench_gte.table,
+}
 
 
 def fill(text: str, results: Path = RESULTS) -> str:

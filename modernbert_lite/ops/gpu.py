@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,14 +37,22 @@ def _can_not_try(device: torch.device) -> bool:
 
 @functools.cache
 def _works(device: torch.device) -> bool:
-    try:
+    def run() -> Tensor:
         from ..kernels import geglu
 
         one = torch.ones(1, 1, dtype=torch.float32, device=device)
-        return bool(torch.isfinite(geglu.geglu(one, one, "gelu")).all())
+        return torch.isfinite(geglu.geglu(one, one, "gelu"))
+
+    return _succeeds(run, "triton")
+
+
+def _succeeds(run: Callable[[], Tensor], what: str) -> bool:
+    """Whether `run` ends, and gives only True."""
+    try:
+        return bool(run().all())
     except Exception as error:  # noqa: BLE001  triton raises errors of many kinds; none of them need stop the work
         why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        warn(f"triton can't be used here ({why}); using torch, which is slower")
+        warn(f"{what} can't be used here ({why}); using torch, which is slower")
         return False
 
 
@@ -70,14 +77,12 @@ def attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 def _attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     from ..kernels import attention as kernel
 
-    qkv = torch.ones((1, 3, 1, head_dim), dtype=dtype, device=device)
-    ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
-    try:
-        return bool((kernel.attention(qkv, ends, block=kernel.block_m(1 << 20, dtype, False)) == 1).all())
-    except Exception as error:  # noqa: BLE001  as in `works`
-        why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        warn(f"the attention kernel can't be used here ({why}); using torch, which is slower")
-        return False
+    def run() -> Tensor:
+        qkv = torch.ones((1, 3, 1, head_dim), dtype=dtype, device=device)
+        ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
+        return kernel.attention(qkv, ends, block=kernel.block_m(1 << 20, dtype, False)) == 1
+
+    return _succeeds(run, "the attention kernel")
 
 
 def traced(*tensors: Tensor | None) -> bool:
@@ -242,15 +247,13 @@ def tile_table(batch: PackedBatch, block: int) -> Tensor:
     return batch.cache[key]
 
 
-def padded_tile_table(seqlens: Sequence[int], block: int, tokens: int, count: int) -> Tensor:
-    """(count, 4), on the host. First come the tiles of the sequences. Then the tiles of the tokens up to `tokens` that
-    belong to no sequence: they see no key and become zeros. Empty tiles fill the rest."""
+def padded_tile_table(seqlens: Sequence[int], block: int, tokens: int) -> Tensor:
+    """(n, 4), on the host: the tiles of the sequences, then those of the tokens up to `tokens` that belong to no
+    sequence. They see no key and become zeros."""
     from ..kernels import attention as kernel
 
-    known = kernel.tiles(seqlens, block)
     rest = [(row, tokens, 0, 0) for row in range(sum(seqlens), tokens, block)]
-    rest += [(0, 0, 0, 0)] * (count - len(known) - len(rest))
-    return torch.cat([known, torch.tensor(rest, dtype=torch.int32).view(-1, 4)])
+    return torch.cat([kernel.tiles(seqlens, block), torch.tensor(rest, dtype=torch.int32).view(-1, 4)])
 
 
 def has_varlen_attn(qkv: Tensor) -> bool:
@@ -289,5 +292,4 @@ def _varlen_attention(qkv: Tensor, heads: int, batch: PackedBatch, window_size: 
     if heads != shared:
         k, v = (x.repeat_interleave(heads // shared, 1) for x in (k, v))
     cu, longest = batch.cu_seqlens, batch.max_seqlen
-    out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window_size)
-    return out
+    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window_size)  # type: ignore[return-value]

@@ -31,7 +31,7 @@ _SWITCH = "MODERNBERT_LITE_CUDA_GRAPHS"
 
 _capturing = threading.Lock()
 Forward = Callable[..., Tensor]
-Key = tuple[Hashable, ...]
+Bucket = tuple[int, int, bool]  # tokens, sequences, whether any sequence needs wide tiles
 
 
 def bucket_of(tokens: int, sequences: int) -> tuple[int, int]:
@@ -82,7 +82,7 @@ class Graphed:
         max_tokens: int = MAX_TOKENS,
         max_graphs: int = MAX_GRAPHS,
     ):
-        self.network = network
+        self.network: Any = network
         self.forward: Forward = network if forward is None else forward
         self.max_tokens, self.max_graphs = max_tokens, max_graphs
         # Walking the modules takes longer than a small forward pass, so it is done once.
@@ -96,8 +96,8 @@ class Graphed:
         self._lock = threading.Lock()
         self._failed = False
         self._sightings = 2  # how often a bucket is seen before it is captured: most never come again
-        self._seen: Counter[Key] = Counter()
-        self._graphs: dict[Key, _Graph] = {}
+        self._seen: Counter[tuple[Hashable, ...]] = Counter()
+        self._graphs: dict[tuple[Hashable, ...], _Graph] = {}
         self._device: _Device | None = None
         self._mark: tuple[Hashable, ...] = ()
         self._addresses: tuple[Hashable, ...] = ()
@@ -130,7 +130,7 @@ class Graphed:
         """forward(batch, *arguments), and its errors."""
         if not self._applies(batch):
             return self.forward(batch, *arguments)
-        check_batch(batch, self._config)  # a replay runs no Python
+        check_batch(batch, self.network.config)  # a replay runs no Python
         with self._lock:
             if self._moved():  # other weights: a graph would read the old ones
                 self._start_anew()
@@ -138,10 +138,6 @@ class Graphed:
             if graph is not None:
                 return graph(batch)
         return self.forward(batch, *arguments)
-
-    @property
-    def _config(self) -> Any:
-        return self.network.config
 
     def _tensors(self) -> Iterator[Tensor]:
         return (parameters[name] for parameters, name in self._weights)
@@ -163,13 +159,11 @@ class Graphed:
             return False
         # Other backends ask the host for lengths, and a replay has no host.
         takes_kernels = backend("attention", weight) == "triton"
-        return takes_kernels and gpu.attention_works(weight.device, weight.dtype, self._config.head_dim)
+        return takes_kernels and gpu.attention_works(weight.device, weight.dtype, self.network.config.head_dim)
 
     def _find(self, batch: PackedBatch, arguments: tuple[Hashable, ...]) -> _Graph | None:
-        tokens, sequences = bucket_of(len(batch.input_ids), len(batch.seqlens))
-        wide = batch.max_seqlen > gpu.NARROW
-        typed = batch.token_type_ids is not None
-        key = (tokens, sequences, wide, typed, arguments, os.environ.get("MODERNBERT_LITE_BACKEND"))
+        bucket = *bucket_of(len(batch.input_ids), len(batch.seqlens)), batch.max_seqlen > gpu.NARROW
+        key = (*bucket, batch.token_type_ids is not None, arguments, os.environ.get("MODERNBERT_LITE_BACKEND"))
         if key in self._graphs:
             return self._graphs[key]
         self._seen[key] += 1
@@ -181,8 +175,9 @@ class Graphed:
             return None
         try:
             self._device = self._device or _Device(batch.input_ids.device)
-            static = _Static(batch, tokens, sequences, wide, self._last().dtype)
-            self._graphs[key] = _Graph(static, lambda: self.forward(static.batch, *arguments), self._device, batch)
+            self._graphs[key] = _Graph(
+                batch, bucket, self._last(), self._device, lambda static: self.forward(static, *arguments)
+            )
         except RuntimeError as error:  # also when memory runs out
             self._failed = True
             self._device, self._graphs = None, {}
@@ -227,72 +222,58 @@ class _Device:
 
 
 class _Graph:
-    """One captured pass over a static batch."""
+    """One captured pass over a static batch of a bucket's shapes. The batch's tensors are parts of one buffer, so one
+    copy fills all of them. Its lengths are not on the host: what asks for them can't be captured."""
 
-    def __init__(self, static: _Static, run: Callable[[], Tensor], device: _Device, batch: PackedBatch):
-        self.static, self.device = static, device
+    def __init__(self, like: PackedBatch, bucket: Bucket, weight: Tensor, device: _Device, forward: Forward):
+        tokens, sequences, wide = bucket
+        longest = tokens if wide else gpu.NARROW
+        self.device, self.blocks = device, gpu.blocks(longest, weight.dtype)
+        self.names = ["input_ids", "position_ids"] + ["token_type_ids"] * (like.token_type_ids is not None)
+        # In this order each begins at a multiple of 16 bytes: Triton compiles for aligned addresses.
+        self.shapes: dict[Any, tuple[Any, ...]] = dict.fromkeys(self.names, (torch.int64, tokens))
+        for block in self.blocks:
+            self.shapes["tiles", block] = torch.int32, tokens // block + sequences + 1, 4
+        self.shapes["cu_seqlens"] = torch.int32, sequences + 1
+        self.sizes = [dtype.itemsize * math.prod(shape) for dtype, *shape in self.shapes.values()]
+        with torch.inference_mode(False):  # written to later, in or out of inference mode
+            self.buffer = torch.zeros(sum(self.sizes), dtype=torch.uint8, device=like.input_ids.device)
+        parts = self._parts(self.buffer)
+        tables = {("tiles", block): parts.pop(("tiles", block)) for block in self.blocks}
+        self.batch = PackedBatch(**parts, max_seqlen=longest, seqlens=(), max_id=0)
+        self.batch.cache.update(tables)
         device.wait()
-        static.fill(batch)  # the capture runs it: on real tokens, not on what memory holds
-        self.replay, self.output = device.capture(run)
+        self._fill(like)  # the capture runs it: on real tokens, not on what memory holds
+        self.replay, self.output = device.capture(lambda: forward(self.batch))
         device.leave()
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         self.device.wait()
-        self.static.fill(batch)
+        self._fill(batch)
         self.replay()
-        per_token = len(self.output) == len(self.static.batch.input_ids)
+        per_token = len(self.output) == len(self.batch.input_ids)
         result = self.output[: len(batch.input_ids) if per_token else len(batch.seqlens)].clone()
         self.device.leave()
         return result
 
+    def _parts(self, buffer: Tensor) -> dict[Any, Any]:
+        parts = zip(self.shapes.items(), buffer.split(self.sizes), strict=True)
+        return {name: part.view(dtype).view(shape) for (name, (dtype, *shape)), part in parts}
 
-class _Static:
-    """An empty batch of a bucket's shapes. Its tensors are parts of one buffer, so one copy fills all of them. Its
-    lengths are not on the host: what asks for them can't be captured."""
-
-    @torch.inference_mode(False)  # written to later, in or out of inference mode
-    def __init__(self, like: PackedBatch, tokens: int, sequences: int, wide: bool, dtype: torch.dtype):
-        longest = tokens if wide else gpu.NARROW
-        self.blocks = gpu.blocks(longest, dtype)
-        names = ["input_ids", "position_ids"] + ["token_type_ids"] * (like.token_type_ids is not None)
-        self.shapes: dict[str, tuple[Any, ...]] = dict.fromkeys(names, (torch.int64, tokens))
-        self.shapes["cu_seqlens"] = torch.int32, sequences + 1
-        for block in self.blocks:
-            self.shapes[f"tiles {block}"] = torch.int32, tokens // block + sequences + 1, 4
-        bytes_ = sum(_padded_size(*shape) for shape in self.shapes.values())
-        self.buffer = torch.zeros(bytes_, dtype=torch.uint8, device=like.input_ids.device)
-        parts: dict[str, Any] = self._parts(self.buffer)
-        tables = {("tiles", block): parts.pop(f"tiles {block}") for block in self.blocks}
-        self.batch = PackedBatch(**parts, max_seqlen=longest, seqlens=(), max_id=0)
-        self.batch.cache.update(tables)
-
-    def _parts(self, buffer: Tensor) -> dict[str, Tensor]:
-        sizes = [_padded_size(*shape) for shape in self.shapes.values()]
-        return {
-            name: part[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for (name, (dtype, *shape)), part in zip(self.shapes.items(), buffer.split(sizes), strict=True)
-        }
-
-    def fill(self, batch: PackedBatch) -> None:
+    def _fill(self, batch: PackedBatch) -> None:
         """A new pinned buffer each time: the copy before may not have read its own yet. The tail of ids and positions
         is 0, which is valid, and its tokens belong to no sequence."""
         host, T, B = batch.on_host, len(batch.input_ids), len(batch.seqlens)
         staged = torch.zeros(len(self.buffer), dtype=torch.uint8, device="cpu", pin_memory=self.buffer.is_cuda)
         parts = self._parts(staged)
-        for name in ("input_ids", "position_ids", "token_type_ids"):
-            if name in parts:
-                parts[name][:T] = getattr(host, name)
+        for name in self.names:
+            parts[name][:T] = getattr(host, name)
         parts["cu_seqlens"][: B + 1] = host.cu_seqlens
         parts["cu_seqlens"][B + 1 :] = T
         for block in self.blocks:
-            table = parts[f"tiles {block}"]
-            table[:] = gpu.padded_tile_table(batch.seqlens, block, len(self.batch.input_ids), len(table))
+            tiles = gpu.padded_tile_table(batch.seqlens, block, len(self.batch.input_ids))
+            parts["tiles", block][: len(tiles)] = tiles  # those after them are empty
         self.buffer.copy_(staged, non_blocking=True)
-
-
-def _padded_size(dtype: torch.dtype, *shape: int) -> int:
-    """Bytes, up to a multiple of 128: Triton compiles for aligned addresses."""
-    return -(-math.prod(shape) * dtype.itemsize // 128) * 128
 
 
 def _can_capture(device: torch.device) -> bool:

@@ -33,7 +33,7 @@ def lasttoken(x: Tensor, batch: PackedBatch) -> Tensor:
 
 def mean_sqrt_len_tokens(x: Tensor, batch: PackedBatch) -> Tensor:
     """Sum over the root of the length: (T, C) -> (B, C) fp32."""
-    return _sum(x, batch) / _lengths(batch).clamp(min=1).sqrt()
+    return _sum(x, batch) / batch.cu_seqlens.diff().float()[:, None].clamp(min=1).sqrt()
 
 
 def weightedmean(x: Tensor, batch: PackedBatch) -> Tensor:
@@ -102,10 +102,6 @@ def _without_prompt(x: Tensor, batch: PackedBatch, skip: int) -> tuple[Tensor, P
 
 def _sum(x: Tensor, batch: PackedBatch) -> Tensor:
     return torch.segment_reduce(x.float(), "sum", offsets=batch.cu_seqlens.long(), initial=0)
-
-
-def _lengths(batch: PackedBatch) -> Tensor:
-    return batch.cu_seqlens.diff().float()[:, None]
 
 
 def _no_empty(batch: PackedBatch, mode: str) -> None:

@@ -43,16 +43,16 @@ def _works(device: torch.device) -> bool:
         one = torch.ones(1, 1, dtype=torch.float32, device=device)
         return torch.isfinite(geglu.geglu(one, one, "gelu"))
 
-    return _succeeds(run, "triton")
+    return _succeeds(run, "triton can't be used here")
 
 
-def _succeeds(run: Callable[[], Tensor], what: str) -> bool:
-    """Whether `run` ends, and gives only True."""
+def _succeeds(run: Callable[[], Tensor], trouble: str) -> bool:
+    """Whether `run` ends, and gives only True. If it fails, a warning tells the trouble."""
     try:
         return bool(run().all())
     except Exception as error:  # noqa: BLE001  triton raises errors of many kinds; none of them need stop the work
         why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        warn(f"{what} can't be used here ({why}); using torch, which is slower")
+        warn(f"{trouble} ({why}); using torch, which is slower")
         return False
 
 
@@ -82,7 +82,7 @@ def _attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) ->
         ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
         return kernel.attention(qkv, ends, block=kernel.block_m(1 << 20, dtype, False)) == 1
 
-    return _succeeds(run, "the attention kernel")
+    return _succeeds(run, "the attention kernel can't be used here")
 
 
 def traced(*tensors: Tensor | None) -> bool:

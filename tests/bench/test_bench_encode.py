@@ -18,8 +18,8 @@ import torch
 import modernbert_lite as ml
 
 ROOT = Path(__file__).parents[2]
-FILES = {"encode_gpu.csv", "gte_gpu.csv", "kernels_gpu.csv", "tune_gpu.csv"}
-FILES |= {"report.md", "roofline.svg", "tests.log", "sections.log"}
+FILES = {"encode_gpu.csv", "gte_gpu.csv", "kernels_gpu.csv", "tune_gpu.csv", "strings_gpu.csv"}
+FILES |= {"report.md", "roofline.svg", "sections.log"}
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +157,29 @@ def test_a_provider_that_fails_costs_its_own_row(monkeypatch):
     assert {row["tokens"] for row in good} == {20, sum(bench_lengths("ragged", 300))}
 
 
+def test_a_mean_vector_may_be_twice_as_far_off_as_the_reference():
+    from bench.bench_encode_gpu import Pool
+
+    assert Pool([], [], 0.1, 0.002).least_cosine == pytest.approx(0.996)
+    assert Pool([], [], 0.1, 1e-6).least_cosine == pytest.approx(0.999)
+    assert Pool([], [], 0.1).most == pytest.approx(0.2, rel=1e-4)
+
+
+def test_ceilings_are_measured_once_and_passed_on(tmp_path, monkeypatch):
+    """A section sees what an earlier one said."""
+    from bench import gpu, timing
+
+    found = {"copy": 3e12, "bfloat16": 7e14, "float16": 7e14, "float32": 5e13}
+    look = "import os; say(failure=os.environ.get('BENCH_CEILINGS', 'none'))"
+    row = sample_kernel("rope", "base", 32768, "triton")
+    sections = [gpu.Section(n, 1, saying(c, row)) for n, c in (("a", f"say(ceilings={found})"), ("b", look))]
+    (said,) = gpu.run(sections, tmp_path, 30, smoke=True).failures
+    monkeypatch.setenv("BENCH_CEILINGS", said)
+    timing.ceilings.cache_clear()
+    assert timing.ceilings()._asdict() == found
+    timing.ceilings.cache_clear()
+
+
 def bench_lengths(case: str, tokens: int) -> list[int]:
     from bench.texts import batch_of, pool_lengths
 
@@ -267,7 +290,12 @@ def test_the_smoke_run_writes_everything(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "Smoke run" in report
     assert "Traceback" not in report
-    for name, column, kinds in [("encode", "provider", 3), ("kernels", "op", 5), ("tune", "op", 1)]:
+    for name, column, kinds in [
+        ("encode", "provider", 2),
+        ("kernels", "op", 5),
+        ("tune", "op", 1),
+        ("strings", "provider", 3),
+    ]:
         rows = read(tmp_path / f"{name}_gpu.csv")
         assert {row["smoke"] for row in rows} == {"smoke"}
         assert len({row[column] for row in rows}) == kinds

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import modernbert_lite as ml
 from modernbert_lite.models.gte import Gte
@@ -118,6 +119,29 @@ def test_a_replay_equals_the_eager_result(captures, lengths):
     for a, b in zip(got, eager, strict=True):
         assert difference(a, b) <= 1e-5
     assert difference(eager[0], eager[1]) > 1e-2
+
+
+class Writes(TorchDispatchMode):
+    """Counts the operations that write to a tensor's memory."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.memory, self.count = tensor.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function._schema.is_mutable and args[0].untyped_storage().data_ptr() == self.memory
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lengths", [(20,), (130, 5, 9)])
+def test_one_copy_fills_all_index_tensors(captures, lengths):
+    graphed = graphs.Graphed(small_model())
+    _ = [graphed(batch_of(*lengths)) for _ in range(2)]
+    (graph,) = graphed._graphs.values()
+    with Writes(graph.buffer) as writes:
+        graph._fill(batch_of(*lengths, seed=3))
+    assert writes.count == 1
+    assert torch.equal(graph.batch.input_ids[: sum(lengths)], batch_of(*lengths, seed=3).input_ids)
 
 
 def test_batches_of_one_bucket_leave_nothing_behind(captures):

@@ -186,7 +186,7 @@ def test_a_gte_replay_equals_the_eager_result_with_token_types_and_without(captu
     model = small_gte(**config)
     graphed = graphs.Graphed(model, lambda batch, mode: model(batch, pooling.rows(batch, [mode])))
     for seed in range(3):
-        batch = batch_of(7, 70, 3, seed=seed)
+        batch = batch_of(7, 70, 3, 5, 20, seed=seed)  # 16 sequences in its bucket
         types = batch.input_ids.remainder(2) if config.get("type_vocab_size") == 2 else None
         typed = replace(batch, token_type_ids=types, max_type=1)
         for given in (batch, typed):

@@ -13,6 +13,7 @@ Lengths are lognormal, in no order: median 100 words, from 8 to 2,048. The token
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import sys
@@ -50,15 +51,13 @@ def write_checkpoint(folder: Path, shape: str, device: str, dtype: torch.dtype) 
             shutil.copy(path, folder)
     kinds = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling")]
     modules = [
-        f'{{"idx": {i}, "name": "{i}", "path": "{path}", "type": "sentence_transformers.models.{kind}"}}'
+        {"idx": int(i), "name": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, path, kind in kinds
     ]
-    (folder / "modules.json").write_text(f"[{', '.join(modules)}]")
+    (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
-    width = model.config.hidden_size
-    (folder / "1_Pooling" / "config.json").write_text(
-        f'{{"word_embedding_dimension": {width}, "pooling_mode_mean_tokens": true}}'
-    )
+    pooling = {"word_embedding_dimension": model.config.hidden_size, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
 
 
 def draw(count: int) -> list[str]:

@@ -7,12 +7,15 @@ nothing, and nothing waits for the device.
 
 import functools
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import launch
 
 HEAD_DIMS = (32, 64, 128)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -214,6 +217,7 @@ def block_m(max_seqlen: int, dtype: torch.dtype, local: bool) -> int:
     return 64 if local or max_seqlen <= 64 else 128
 
 
+@functools.cache
 def _config(block: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """By registers and shared memory, read off the compiled kernels: nothing spills, and two programs or more fit a
     multiprocessor of sm_90. bench/bench_attention.py --tune measures the neighbours."""
@@ -237,12 +241,17 @@ def tiles(seqlens: Sequence[int], block: int, key_seqlens: Sequence[int] | None 
 
     seqlens [5, 130], block 64 -> (5, 135, 5, 135), (69, 135, 5, 135), (133, 135, 5, 135), (0, 5, 0, 5)
     """
-    starts = accumulate(seqlens, initial=0)
-    spans = sorted(zip(starts, seqlens, key_seqlens or seqlens), key=lambda span: -span[1])  # noqa: B905  one more start
-    table = [
-        (row, start + n, start, start + keys) for start, n, keys in spans for row in range(start, start + n, block)
-    ]
-    return torch.tensor(table, dtype=torch.int32).view(-1, 4)
+    lengths = np.asarray(seqlens, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    start, n = (lengths.cumsum() - lengths)[order], lengths[order]
+    keys = n if key_seqlens is None else np.asarray(key_seqlens, dtype=np.int64)[order]
+    count = -(-n // block)
+    first = (start - (count.cumsum() - count) * block).repeat(count)  # the row that tile 0 would have
+    table = np.empty((len(first), 4), dtype=np.int32)
+    table[:, 0] = first + np.arange(0, len(first) * block, block)
+    for column, of_sequence in enumerate((start + n, start, start + keys), 1):
+        table[:, column] = of_sequence.repeat(count)
+    return torch.from_numpy(table)
 
 
 def device_tiles(cu_seqlens: Tensor, count: int, block: int) -> Tensor:
@@ -331,7 +340,8 @@ def _split(qkv: Tensor, heads: int | None) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(
             f"qkv is {tuple(qkv.shape)} and heads {heads}; it must be (T, H + 2 Hkv, D), H a multiple of Hkv"
         )
-    return qkv[:, :heads], qkv[:, heads : heads + shared], qkv[:, heads + shared :]
+    q, k, v = qkv.split_with_sizes((heads, shared, shared), 1)
+    return q, k, v
 
 
 def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, check: bool = True) -> Tensor:
@@ -413,39 +423,25 @@ def _launch(
     out = torch.empty((Q, H, D), dtype=q.dtype, device=q.device)
     if out.numel() == 0 or len(table) == 0:
         return out
-    with torch.cuda.device_of(q):  # triton launches on the current device
-        _attention_kernel[(len(table), H)](
-            q,
-            k,
-            v,
-            out,
-            table,
-            q if cos is None else cos,
-            q if sin is None else sin,
-            0 if cos is None else len(cos),
-            Q,
-            T,
-            D**-0.5 * _LOG2E,
-            q.stride(0),
-            k.stride(0),
-            out.stride(0),
-            q.stride(1),
-            k.stride(1),
-            out.stride(1),
-            SHARED=H // k.shape[1],
-            LEFT=left,
-            RIGHT=right,
-            D=D,
-            BLOCK_M=block,
-            ROPE=cos is not None,
-            FLOAT=q.dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.JITFunction),
-            # Twice the loop would spill registers where products are unrolled (fp32) or keys are turned; short
-            # sequences have one block of keys anyway.
-            ONE_LOOP=q.dtype == torch.float32 or block <= 64 or cos is not None,
-            SKIP=hopper,
-            enable_fp_fusion=True,
-            **(config or _config(block, D, q.dtype)),
-        )
+    (q_row, q_head, _), (k_row, k_head, _), (out_row, out_head, _) = q.stride(), k.stride(), out.stride()
+    launch(
+        _attention_kernel,
+        (table.shape[0], H),
+        (q, k, v, out, table, q if cos is None else cos, q if sin is None else sin),
+        (0 if cos is None else len(cos), Q, T, D**-0.5 * _LOG2E, q_row, k_row, out_row, q_head, k_head, out_head),
+        SHARED=H // k.shape[1],
+        LEFT=left,
+        RIGHT=right,
+        D=D,
+        BLOCK_M=block,
+        ROPE=cos is not None,
+        FLOAT=q.dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.JITFunction),
+        # Twice the loop would spill registers where products are unrolled (fp32) or keys are turned; short sequences
+        # have one block of keys anyway.
+        ONE_LOOP=q.dtype == torch.float32 or block <= 64 or cos is not None,
+        SKIP=hopper,
+        **(config or _config(block, D, q.dtype)),
+    )
     return out
 
 

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 ACTIVATIONS = ("gelu", "silu")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK_T, BLOCK_N = 16, 128  # 1152, 2304 and 3072 are multiples of 128, 2624 almost
@@ -123,20 +125,15 @@ def geglu(activated: Tensor, gate: Tensor, act: str = "gelu", *, check: bool = T
     T, N = activated.shape
     out = torch.empty((T, N), dtype=activated.dtype, device=activated.device)
     if out.numel():
-        with torch.cuda.device_of(activated):  # triton launches on the current device
-            _geglu_kernel[(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N),)](
-                activated,
-                gate,
-                out,
-                T,
-                N,
-                activated.stride(0),
-                gate.stride(0),
-                GELU=act == "gelu",
-                BLOCK_T=BLOCK_T,
-                BLOCK_N=BLOCK_N,
-                enable_fp_fusion=True,
-            )
+        launch(
+            _geglu_kernel,
+            (-(-T // BLOCK_T) * -(-N // BLOCK_N),),
+            (activated, gate, out),
+            (T, N, activated.stride(0), gate.stride(0)),
+            GELU=act == "gelu",
+            BLOCK_T=BLOCK_T,
+            BLOCK_N=BLOCK_N,
+        )
     return out
 
 
@@ -151,24 +148,15 @@ def geglu_backward(
     out = torch.empty((T, 2 * N), dtype=activated.dtype, device=activated.device)
     if out.numel():
         grad_activated, grad_gate = out.chunk(2, -1)[:: -1 if swapped else 1]
-        with torch.cuda.device_of(activated):  # triton launches on the current device
-            _geglu_backward_kernel[(triton.cdiv(T, BLOCK_T) * triton.cdiv(N, BLOCK_N),)](
-                grad,
-                activated,
-                gate,
-                grad_activated,
-                grad_gate,
-                T,
-                N,
-                grad.stride(0),
-                activated.stride(0),
-                gate.stride(0),
-                out.stride(0),
-                GELU=act == "gelu",
-                BLOCK_T=BLOCK_T,
-                BLOCK_N=BLOCK_N,
-                enable_fp_fusion=True,
-            )
+        launch(
+            _geglu_backward_kernel,
+            (-(-T // BLOCK_T) * -(-N // BLOCK_N),),
+            (grad, activated, gate, grad_activated, grad_gate),
+            (T, N, grad.stride(0), activated.stride(0), gate.stride(0), out.stride(0)),
+            GELU=act == "gelu",
+            BLOCK_T=BLOCK_T,
+            BLOCK_N=BLOCK_N,
+        )
     return out
 
 

@@ -1,9 +1,13 @@
 """LayerNorm (arXiv 1607.06450), with the residual's addition before it where asked: one pass over memory."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import launch
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_WIDTH = 8192  # a row is held in registers
@@ -134,12 +138,14 @@ def _check(weight: Tensor, bias: Tensor | None, **tensors: Tensor | None) -> Non
             raise ValueError(f"{name} is {tuple(parameter.shape)}; it must be ({like.shape[1]},), contiguous")
 
 
+@functools.cache
 def _shape(C: int) -> dict[str, int]:
     """Rows per program, and warps: one warp for a row of up to 2048, so that its sums need no barrier."""
     BLOCK = triton.next_power_of_2(C)
     return {"ROWS": 2 if BLOCK <= 1024 else 1, "BLOCK": BLOCK, "num_warps": max(1, BLOCK // 2048)}
 
 
+@functools.cache
 def _backward_shape(C: int) -> dict[str, int]:
     """The backward pass holds six arrays of rows, and takes more warps for them: 4 rows, fewer if they are wide."""
     BLOCK = triton.next_power_of_2(C)
@@ -163,7 +169,7 @@ def layer_norm(
     """
     if check:
         _check(weight, bias, x=x, **({} if residual is None else {"residual": residual}))
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _forward(x, residual, weight, bias, eps, y, None)
     return y
 
@@ -190,25 +196,18 @@ def _forward(
     T, C = x.shape
     shape = _shape(C)
     if T:
-        with torch.cuda.device_of(x):  # triton launches on the current device
-            _layer_norm_kernel[(triton.cdiv(T, shape["ROWS"]),)](
-                x,
-                x if residual is None else residual,
-                weight,
-                weight if bias is None else bias,
-                y,
-                y if total is None else total,
-                T,
-                eps,
-                x.stride(0),
-                x.stride(0) if residual is None else residual.stride(0),
-                C=C,
-                RESIDUAL=residual is not None,
-                TOTAL=total is not None,
-                BIAS=bias is not None,
-                **shape,
-                enable_fp_fusion=True,
-            )
+        other = x if residual is None else residual
+        launch(
+            _layer_norm_kernel,
+            (-(-T // shape["ROWS"]),),
+            (x, other, weight, weight if bias is None else bias, y, y if total is None else total),
+            (T, eps, x.stride(0), other.stride(0)),
+            C=C,
+            RESIDUAL=residual is not None,
+            TOTAL=total is not None,
+            BIAS=bias is not None,
+            **shape,
+        )
 
 
 def layer_norm_backward(
@@ -235,26 +234,18 @@ def layer_norm_backward(
     partial_weight = torch.zeros((programs, C), dtype=torch.float32, device=x.device)
     partial_bias = None if bias is None else torch.zeros_like(partial_weight)
     if T:
-        with torch.cuda.device_of(x):  # triton launches on the current device
-            _layer_norm_backward_kernel[(programs,)](
-                grad,
-                grad if grad_total is None else grad_total,
-                x,
-                weight,
-                grad_x,
-                partial_weight,
-                partial_weight if partial_bias is None else partial_bias,
-                T,
-                eps,
-                grad.stride(0),
-                grad.stride(0) if grad_total is None else grad_total.stride(0),
-                x.stride(0),
-                C=C,
-                RESIDUAL=grad_total is not None,
-                BIAS=bias is not None,
-                **shape,
-                enable_fp_fusion=True,
-            )
+        other = grad if grad_total is None else grad_total
+        sums = (partial_weight, partial_weight if partial_bias is None else partial_bias)
+        launch(
+            _layer_norm_backward_kernel,
+            (programs,),
+            (grad, other, x, weight, grad_x, *sums),
+            (T, eps, grad.stride(0), other.stride(0), x.stride(0)),
+            C=C,
+            RESIDUAL=grad_total is not None,
+            BIAS=bias is not None,
+            **shape,
+        )
     grad_bias = None if partial_bias is None else partial_bias.sum(0).to(weight.dtype)
     return grad_x, partial_weight.sum(0).to(weight.dtype), grad_bias
 

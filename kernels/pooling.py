@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 MODES = ("mean", "cls")
 CHUNK = 64
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -168,18 +170,16 @@ def pool(
     norm = {"NORM": weight is not None, "BIAS": bias is not None}
     weight, bias = x if weight is None else weight, x if bias is None else bias
     block = triton.next_power_of_2(C)
-    shape = {"BLOCK": block, "CHUNK": CHUNK, "ROWS": max(1, min(4, 4096 // block)), "enable_fp_fusion": True}
+    shape = {"BLOCK": block, "CHUNK": CHUNK, "ROWS": max(1, min(4, 4096 // block))}
     partial = out
     if mode == "mean":
         slots = T // CHUNK + B
         partial = torch.empty((slots, C), dtype=torch.float32, device=x.device)
-        with torch.cuda.device_of(x):  # triton launches on the current device
-            _sum_kernel[(slots,)](x, cu_seqlens, weight, bias, partial, T, B, C, eps, x.stride(0), **norm, **shape)
+        read = (x, cu_seqlens, weight, bias)
+        launch(_sum_kernel, (slots,), (*read, partial), (T, B, C, eps, x.stride(0)), **norm, **shape)
     flags = {"MEAN": mode == "mean", "UNIT": normalize}
-    with torch.cuda.device_of(x):  # triton launches on the current device
-        _finish_kernel[(B,)](
-            x, cu_seqlens, weight, bias, partial, out, T, C, eps, x.stride(0), **flags, **norm, **shape
-        )
+    tensors = (x, cu_seqlens, weight, bias, partial, out)
+    launch(_finish_kernel, (B,), tensors, (T, C, eps, x.stride(0)), **flags, **norm, **shape)
     return out
 
 

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK_T, BLOCK_H = 8, 8
 
@@ -120,28 +122,20 @@ def rope_(
     # All turned heads are one row of them, or two: q's and k's.
     turned, H = (1, heads) if heads is not None else (max(1, qkv.shape[1] - 1), qkv.shape[2])
     if qkv.numel() and H:
-        grid = (triton.cdiv(T, BLOCK_T) * triton.cdiv(turned * H, BLOCK_H),)
-        with torch.cuda.device_of(qkv):  # triton launches on the current device
-            _rope_kernel[grid](
-                qkv,
-                cos,
-                sin,
-                cos if position_ids is None else position_ids,
-                T,
-                len(cos),
-                H,
-                qkv.stride(0),
-                qkv.stride(1),
-                qkv.stride(-2),
-                TURNED=turned,
-                HALF=D // 2,
-                PADDED=triton.next_power_of_2(D // 2),
-                POSITIONS=position_ids is not None,
-                INVERSE=inverse,
-                BLOCK_T=BLOCK_T,
-                BLOCK_H=BLOCK_H,
-                enable_fp_fusion=True,
-            )
+        half, strides = D // 2, qkv.stride()
+        launch(
+            _rope_kernel,
+            (-(-T // BLOCK_T) * -(-turned * H // BLOCK_H),),
+            (qkv, cos, sin, cos if position_ids is None else position_ids),
+            (T, cos.shape[0], H, strides[0], strides[1], strides[-2]),
+            TURNED=turned,
+            HALF=half,
+            PADDED=1 << (half - 1).bit_length(),
+            POSITIONS=position_ids is not None,
+            INVERSE=inverse,
+            BLOCK_T=BLOCK_T,
+            BLOCK_H=BLOCK_H,
+        )
     return qkv
 
 

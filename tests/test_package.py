@@ -13,7 +13,7 @@ import modernbert_lite
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modernbert_lite"
 CORE = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.relative_to(PACKAGE).parts)
-KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+KERNELS = sorted((PACKAGE / "kernels").glob("*.py"))
 
 
 def python(program: str, *options: str, **keywords) -> str:
@@ -188,13 +188,11 @@ def test_the_core_needs_its_few_dependencies_only():
     assert set().union(*map(third_party, CORE)) <= allowed
 
 
-def test_kernels_import_torch_and_triton_only():
+def test_kernels_import_numpy_torch_triton_and_their_launcher_only():
     assert KERNELS
     for path in KERNELS:
-        assert third_party(path) <= {"torch", "triton"}, path.name
-        assert not [
-            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level
-        ]
+        assert third_party(path) <= {"numpy", "torch", "triton"}, path.name
+        assert {module for module, own in imports(path) if own} <= {"kernels.launch"}, path.name
 
 
 def test_what_is_imported_is_declared():

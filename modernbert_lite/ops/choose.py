@@ -22,6 +22,7 @@ BACKENDS = ("auto", "torch", "triton", "onednn")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 _used: tuple[Twins, ...] = ()
+_loaded: dict[str, Twins] = {}
 
 
 def op(reference: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -36,21 +37,21 @@ def op(reference: Callable[P, Tensor]) -> Callable[P, Tensor]:
             if name in twins and (y := twins[name](*args, **kwargs)) is not None:
                 return y
         x: Any = args[0]
-        twin: Callable[..., Any] | None = None
         wing = _wing(x.device, x.dtype)
-        if wing == "cpu":
-            from . import cpu
-
-            twin = cpu.TWINS.get(name)
-        elif wing == "gpu":
-            from . import gpu
-
-            twin = gpu.TWINS.get(name)
+        twin = None if wing is None else _twins(wing).get(name)
         y = None if twin is None else twin(*args, **kwargs)
         return reference(*args, **kwargs) if y is None else y
 
     call.reference = reference  # type: ignore[attr-defined]
     return call
+
+
+def _twins(wing: str) -> Twins:
+    if wing not in _loaded:  # an import takes a microsecond, also the second time
+        from . import cpu, gpu
+
+        _loaded.update(cpu=cpu.TWINS, gpu=gpu.TWINS)
+    return _loaded[wing]
 
 
 @contextmanager
@@ -107,13 +108,11 @@ def backend(op: str, x: Tensor) -> str:
 
 def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """`backend` for tensors that don't exist yet. Raises OptionError for an unknown MODERNBERT_LITE_BACKEND."""
+    from . import cpu, gpu
+
     wing = _wing(device, dtype)
     if wing == "cpu":
-        from . import cpu
-
         return "onednn" if op in cpu.ONEDNN and (op != "linear" or cpu.packs(dtype)) else "torch"
     if wing == "gpu":
-        from . import gpu
-
         return "triton" if op in gpu.TRITON and gpu.works(device) else "torch"
     return "torch"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,20 +24,29 @@ from .tracing import constant, wants_gradient
 NARROW = 64  # up to this length of the longest sequence all tiles are narrow
 
 
-@constant
+def _tried_once(trial: Callable[..., bool]) -> Callable[..., bool]:
+    """Keeps a trial's answers. While something traces or captures, nothing can be tried, and the answer is yes."""
+    known: dict[Any, bool] = {}
+
+    @constant
+    @functools.wraps(trial)
+    def works(device: torch.device, *what: Any) -> bool:
+        key = (device, *what)
+        if key not in known:
+            capturing = device.type == "cuda" and torch.cuda.is_initialized()
+            if torch.compiler.is_compiling() or (capturing and torch.cuda.is_current_stream_capturing()):
+                return True
+            known[key] = trial(device, *what)
+        return known[key]
+
+    works.cache_clear = known.clear  # type: ignore[attr-defined]
+    return works
+
+
+@_tried_once
 def works(device: torch.device) -> bool:
-    """Whether Triton runs on this device. Triton may be missing, or the C compiler that it needs. It is tried once, and
-    warns once if it fails. While something traces or captures, nothing can be tried, so the answer is yes."""
-    return _can_not_try(device) or _works(device)
+    """Whether Triton runs on this device. Triton may be missing, or the C compiler that it needs."""
 
-
-def _can_not_try(device: torch.device) -> bool:
-    capturing = device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return torch.compiler.is_compiling() or capturing
-
-
-@functools.cache
-def _works(device: torch.device) -> bool:
     def run() -> Tensor:
         from ..kernels import geglu
 
@@ -64,16 +74,13 @@ def has_matrix_units(device: torch.device) -> bool:
 
 @constant
 def attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the attention kernel runs here with heads of this size. It is tried once, as in `works`: a card may have
-    too little shared memory."""
+    """Whether the attention kernel pays, and runs: a card may have too little shared memory for heads of this size."""
     from ..kernels import attention as kernel
 
-    if head_dim not in kernel.HEAD_DIMS or not has_matrix_units(device):
-        return False
-    return _can_not_try(device) or _attention_works(device, dtype, head_dim)
+    return head_dim in kernel.HEAD_DIMS and has_matrix_units(device) and _attention_works(device, dtype, head_dim)
 
 
-@functools.cache
+@_tried_once
 def _attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     from ..kernels import attention as kernel
 

@@ -82,12 +82,7 @@ def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, residual: Te
 
 @not_compiled
 def gated(
-    x: Tensor,
-    activated: Tensor,
-    gate: Tensor,
-    biases: Sequence[Tensor | None],
-    act: str,
-    function: Activation,
+    x: Tensor, activated: Tensor, gate: Tensor, biases: Sequence[Tensor | None], act: str, function: Activation
 ) -> Tensor:
     """act(x @ activated (N, K)^T) * (x @ gate (N, K)^T) -> (T, N). biases: of both products. function: computes act."""
     out = x.new_empty(len(x), len(gate))

@@ -330,7 +330,9 @@ def test_additions_and_products_are_fused_at_every_launch():
 def test_no_kernel_is_left_out(compiled, target):
     """In each dtype of the card. Files and kernels are counted, so that a new one is missed here."""
     folder = Path(attention.__file__).parent
-    assert {path.stem for path in folder.glob("*.py")} == {module.__name__.rpartition(".")[2] for module in MODULES}
+    assert {path.stem for path in folder.glob("*.py")} - {"launch"} == {
+        module.__name__.rpartition(".")[2] for module in MODULES
+    }
     names = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
     assert set(NARROW) == names
     if target in OLD:

@@ -94,10 +94,10 @@ def test_triton_that_can_not_run_is_one_warning(monkeypatch):
 
     monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
     monkeypatch.setattr(kernel, "geglu", missing)
-    gpu._works.cache_clear()
+    gpu.works.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Failed to find C compiler") as warned:
             assert {backend(op, randn(2, 3)) for op in OPS} == {"torch"}
         assert len(warned) == 1
     finally:
-        gpu._works.cache_clear()
+        gpu.works.cache_clear()

@@ -4,7 +4,7 @@ python -m bench.bench_attention [--out DIR] [--tokens 32768] [--check] [--tune] 
 
 "fraction" is the floor over the time: the useful operations at a large product's rate, or q, k, v and the result at a
 large copy's, whichever takes longer. Cases are named by shape, length ("ragged": lognormal), local (64, 64) or global;
-"rope": rotated on load, or in memory first; "rows": the first token's query alone, as the last layer of a CLS-pooled
+"rows": the first token's query alone, as the last layer of a CLS-pooled
 embedder needs it. torch.compile is left out: it would unroll the plain one's loop over lengths.
 """
 
@@ -74,29 +74,26 @@ class Bench:
     """One batch of lengths, one shape, one dtype."""
 
     def __init__(self, name: str, shape: Shape, lengths: list[int], dtype: torch.dtype, options: Options) -> None:
-        from modernbert_lite.kernels import attention, rope
+        from modernbert_lite.kernels import attention
         from modernbert_lite.ops import reference as ops  # not before TRITON_INTERPRET is decided
-        from modernbert_lite.ops.rope import Rope, rope_table
 
-        self.ops, self.kernel, self.rope = ops, attention, rope
+        self.ops, self.kernel = ops, attention
         self.name, self.shape, self.lengths, self.dtype, self.options = name, shape, lengths, dtype, options
         self.T, self.batch = sum(lengths), packed(lengths, options.device)
         self.first = self.batch.cu_seqlens[:-1].long()
-        positions = torch.arange(max(lengths), device=options.device)
-        self.cos, self.sin = rope_table(Rope(10_000.0), shape.D, positions)
 
     def make(self) -> tuple[Tensor]:
         return (torch.randn(self.T, 3, self.shape.H, self.shape.D, device=self.options.device).to(self.dtype),)
 
     def ours(
-        self, window: tuple[int, int], block: int | None = None, config: dict[str, int] | None = None, **rope: Tensor
+        self, window: tuple[int, int], block: int | None = None, config: dict[str, int] | None = None
     ) -> Callable[[Tensor], Tensor]:
         """The tiles are made here, as the model makes them once for all layers."""
         block = block or self.kernel.block_m(self.batch.max_seqlen, self.dtype, window != (-1, -1))
         tiles = self.kernel.tiles(self.batch.seqlens, block).to(self.options.device)
         return functools.partial(
             self.kernel.attention,
-            cu_seqlens=self.batch.cu_seqlens, window_size=window, tile_table=tiles, block=block, config=config, **rope,
+            cu_seqlens=self.batch.cu_seqlens, window_size=window, tile_table=tiles, block=block, config=config,
         )  # fmt: skip
 
     def plain(self, qkv: Tensor, window: tuple[int, int]) -> Tensor:
@@ -142,26 +139,6 @@ class Bench:
             for block, n, warps, stages in grid
         }
 
-    def rotated(self, kind: str) -> Case:
-        window, ids = WINDOWS[kind], self.batch.position_ids
-        ours = self.ours(window)
-
-        def plain(qkv: Tensor) -> Tensor:
-            turned = self.ops.rope(qkv.flatten(1, 2), 2 * qkv.shape[2], (self.cos, self.sin, ids)).view_as(qkv)
-            return self.plain(turned, window)
-
-        def in_memory(qkv: Tensor) -> Tensor:
-            return ours(self.rope.rope_(qkv, self.cos, self.sin, ids))
-
-        def truth(qkv: Tensor) -> Tensor:
-            from bench.bench_rope import reference
-
-            return self.truth(reference(qkv, self.cos.double(), self.sin.double(), ids), window)
-
-        on_load = self.ours(window, cos=self.cos, sin=self.sin)
-        providers = {"torch": plain, "triton": on_load, "triton rope_, then attention": in_memory}
-        return self.case(f"{kind} rope", providers, truth, window)
-
     def rows(self) -> Case:
         """Inputs: qkv and the queries of the first tokens. The full one computes all rows, and takes these."""
         (H, D), B = (self.shape.H, self.shape.D), len(self.lengths)
@@ -201,8 +178,6 @@ def cases(options: Options) -> Iterator[Case]:
                     if options.tune:
                         continue
                     if name in ("97", "512", "2048") and shape_name == "base":
-                        yield bench.rotated("local")
-                        yield bench.rotated("global")
                         yield bench.rows()
 
 

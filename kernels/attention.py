@@ -23,24 +23,6 @@ _LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _rotated(x, row, end, position, stride, cos, sin, P, HALF: tl.constexpr, FLOAT: tl.constexpr):
-    """The rows of x at `row`, turned by RoPE: their first and second halves, rounded as a rotation in memory would."""
-    inside = (row < end)[:, None]
-    column = tl.arange(0, HALF)
-    address = row.to(tl.int64)[:, None] * stride + column
-    x1 = tl.load(x + address, mask=inside, other=0.0)
-    x2 = tl.load(x + HALF + address, mask=inside, other=0.0)
-    angle = tl.minimum(tl.maximum(position, 0), P - 1)[:, None] * HALF + column
-    c = tl.load(cos + angle, mask=inside, other=0.0)
-    s = tl.load(sin + angle, mask=inside, other=0.0)
-    y1 = (x1.to(tl.float32) * c - x2.to(tl.float32) * s).to(x1.dtype)
-    y2 = (x2.to(tl.float32) * c + x1.to(tl.float32) * s).to(x1.dtype)
-    if FLOAT:
-        y1, y2 = y1.to(tl.float32), y2.to(tl.float32)
-    return y1, y2
-
-
-@triton.jit
 def _rows(x, row, end, stride, D: tl.constexpr, FLOAT: tl.constexpr, MASK: tl.constexpr):
     address = row.to(tl.int64)[:, None] * stride + tl.arange(0, D)
     if MASK:
@@ -73,38 +55,27 @@ def _meet(
     acc,
     total,
     top,  # the running maximum of the scores, times log2(e)
-    q1,
-    q2,
+    q,
     k,
     v,
     row,
     first,  # the tile's first row
     key,  # the first key of the block
-    start,
     end,
     stride,
-    cos,
-    sin,
-    P,
     scale,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ROPE: tl.constexpr,
     FLOAT: tl.constexpr,
     MASK: tl.constexpr,
     SKIP: tl.constexpr,
 ):
     """One step of the online softmax: the tile's queries meet a block of keys and values."""
     key_row = key + tl.arange(0, BLOCK_N)
-    if ROPE:
-        k1, k2 = _rotated(k, key_row, end, key_row - start, stride, cos, sin, P, D // 2, FLOAT)
-        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee")
-    else:
-        score = tl.dot(q1, tl.trans(_rows(k, key_row, end, stride, D, FLOAT, MASK)), input_precision="ieee")
+    score = tl.dot(q, tl.trans(_rows(k, key_row, end, stride, D, FLOAT, MASK)), input_precision="ieee")
     if MASK:
         if SKIP:  # no mask on blocks that every query of the tile sees whole: the tile's ends tell
             hides = key + BLOCK_N > end
@@ -128,16 +99,13 @@ def _meet(
     return acc, total * shrink + tl.sum(weight, 1), new_top
 
 
-@triton.jit(do_not_specialize=["P", "Q", "T"])
+@triton.jit(do_not_specialize=["Q", "T"])
 def _attention_kernel(
     q,
     k,
     v,
     out,
     tiles,  # (n, 4) int32: the first query's row, the end of the query rows, start and end of the keys' rows
-    cos,
-    sin,
-    P,
     Q,
     T,
     scale,
@@ -153,7 +121,6 @@ def _attention_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ROPE: tl.constexpr,
     FLOAT: tl.constexpr,  # bf16 in Triton's interpreter, whose own bf16 arithmetic is wrong
     ONE_LOOP: tl.constexpr,  # without a second loop for the blocks that need no mask
     SKIP: tl.constexpr,  # whether the loop branches around the mask
@@ -171,11 +138,7 @@ def _attention_kernel(
     k += head // SHARED * head_kv
     v += head // SHARED * head_kv
     row = first + tl.arange(0, BLOCK_M)
-    if ROPE:
-        q1, q2 = _rotated(q, row, last, row - start, stride_q, cos, sin, P, D // 2, FLOAT)
-    else:
-        q1 = _rows(q, row, last, stride_q, D, FLOAT, True)
-        q2 = q1
+    queries = _rows(q, row, last, stride_q, D, FLOAT, True)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -188,20 +151,20 @@ def _attention_kernel(
             high = tl.minimum(end, first + BLOCK_M + RIGHT)
         for key in tl.range(low, high, BLOCK_N):
             acc, total, top = _meet(
-                acc, total, top, q1, q2, k, v, row, first, key, start, high, stride_kv, cos, sin, P, scale,
-                LEFT, RIGHT, D, BLOCK_M, BLOCK_N, ROPE, FLOAT, True, SKIP,
+                acc, total, top, queries, k, v, row, first, key, high, stride_kv, scale,
+                LEFT, RIGHT, D, BLOCK_M, BLOCK_N, FLOAT, True, SKIP,
             )  # fmt: skip
     else:
         whole = start + (end - start) // BLOCK_N * BLOCK_N
         for key in tl.range(start, whole, BLOCK_N):
             acc, total, top = _meet(
-                acc, total, top, q1, q2, k, v, row, first, key, start, end, stride_kv, cos, sin, P, scale,
-                LEFT, RIGHT, D, BLOCK_M, BLOCK_N, ROPE, FLOAT, False, SKIP,
+                acc, total, top, queries, k, v, row, first, key, end, stride_kv, scale,
+                LEFT, RIGHT, D, BLOCK_M, BLOCK_N, FLOAT, False, SKIP,
             )  # fmt: skip
         if whole < end:
             acc, total, top = _meet(
-                acc, total, top, q1, q2, k, v, row, first, whole, start, end, stride_kv, cos, sin, P, scale,
-                LEFT, RIGHT, D, BLOCK_M, BLOCK_N, ROPE, FLOAT, True, SKIP,
+                acc, total, top, queries, k, v, row, first, whole, end, stride_kv, scale,
+                LEFT, RIGHT, D, BLOCK_M, BLOCK_N, FLOAT, True, SKIP,
             )  # fmt: skip
 
     acc = acc * (1.0 / tl.where(total > 0, total, 1.0))[:, None]  # without keys: zeros
@@ -291,8 +254,6 @@ def attention(
     window_size: tuple[int, int] = (-1, -1),
     *,
     heads: int | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
     tile_table: Tensor | None = None,
     block: int | None = None,
     config: dict[str, int] | None = None,
@@ -304,8 +265,6 @@ def attention(
 
     qkv: fp16, bf16 or fp32 (products in full fp32), D one of 32, 64, 128, the last dimension contiguous.
     cu_seqlens (B + 1,) int32. Token i sees i - left to i + right of its own sequence, inclusive; -1 is unlimited.
-    cos, sin (P, D / 2) fp32: RoPE is applied to q and k as they are loaded, row p of the tables to the token at place
-    p of its sequence (the last row to any beyond), and the result rounded to qkv's dtype.
     tile_table and block: what `tiles` gave for these sequences and this block (neither is checked: another table gives
     other numbers), and cu_seqlens is not looked at; without them it is brought to the host, which waits for the device.
     config: BLOCK_N, num_warps, num_stages, to measure others.
@@ -324,8 +283,8 @@ def attention(
         block = block or block_m(max(lengths), qkv.dtype, left >= 0 or right >= 0)
         tile_table = tiles(lengths, max(block, 1)).to(qkv.device)
     if check:
-        _check(q, k, v, tile_table, block, cos, sin)
-    return _launch(q, k, v, tile_table, block, left, right, cos, sin, config)
+        _check(q, k, v, tile_table, block)
+    return _launch(q, k, v, tile_table, block, left, right, config)
 
 
 def _split(qkv: Tensor, heads: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -373,12 +332,10 @@ def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, check: bool = Tr
     k, v = kv.chunk(2, 1)
     block = 32 if q.dtype == torch.float32 else 64  # one row of it is used; the matrix units take no fewer
     _check(q, k, v, table, block)
-    return _launch(q, k, v, table, block, -1, -1, None, None, None)
+    return _launch(q, k, v, table, block, -1, -1, None)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, block: int, cos: Tensor | None = None, sin: Tensor | None = None
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, block: int) -> None:
     (Q, _, D), T = q.shape, len(k)
     if D not in HEAD_DIMS:
         raise ValueError(f"qkv has head_dim {D}; it must be one of {', '.join(map(str, HEAD_DIMS))}")
@@ -392,18 +349,11 @@ def _check(
         raise ValueError(f"tile_table is {tuple(table.shape)} {table.dtype}; it must be what `tiles` gives")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("qkv requires a gradient, which this function has none of: use attention_op, or no_grad")
-    for name, x in (("kv", k), ("tile_table", table), ("cos", cos), ("sin", sin)):
-        if x is not None and x.device != q.device:
+    for name, x in (("kv", k), ("tile_table", table)):
+        if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, the queries on {q.device}; they must be on one device")
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin must be given together")
     if block not in (16, 32, 64, 128, 256):
         raise ValueError(f"block is {block}; it must be 16, 32, 64, 128 or 256")
-    for name, x in (("cos", cos), ("sin", sin)):
-        if x is not None and not (x.shape[1:] == (D // 2,) and x.dtype == torch.float32 and x.is_contiguous()):
-            raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; it must be (P, {D // 2}) float32, contiguous")
-    if cos is not None and sin is not None and not len(cos) == len(sin) >= 1:
-        raise ValueError(f"cos is {tuple(cos.shape)}, sin {tuple(sin.shape)}; both must have the same rows, 1 at least")
 
 
 def _launch(
@@ -414,8 +364,6 @@ def _launch(
     block: int,
     left: int,
     right: int,
-    cos: Tensor | None,
-    sin: Tensor | None,
     config: dict[str, int] | None,
 ) -> Tensor:
     (Q, H, D), T = q.shape, len(k)
@@ -427,18 +375,17 @@ def _launch(
     launch(
         _attention_kernel,
         (table.shape[0], H),
-        (q, k, v, out, table, q if cos is None else cos, q if sin is None else sin),
-        (0 if cos is None else len(cos), Q, T, D**-0.5 * _LOG2E, q_row, k_row, out_row, q_head, k_head, out_head),
+        (q, k, v, out, table),
+        (Q, T, D**-0.5 * _LOG2E, q_row, k_row, out_row, q_head, k_head, out_head),
         SHARED=H // k.shape[1],
         LEFT=left,
         RIGHT=right,
         D=D,
         BLOCK_M=block,
-        ROPE=cos is not None,
         FLOAT=q.dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.JITFunction),
-        # Twice the loop would spill registers where products are unrolled (fp32) or keys are turned; short sequences
-        # have one block of keys anyway.
-        ONE_LOOP=q.dtype == torch.float32 or block <= 64 or cos is not None,
+        # Twice the loop would spill registers where products are unrolled (fp32); short sequences have one block of
+        # keys anyway.
+        ONE_LOOP=q.dtype == torch.float32 or block <= 64,
         SKIP=hopper,
         **(config or _config(block, D, q.dtype)),
     )

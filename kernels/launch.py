@@ -1,10 +1,5 @@
-"""Launches of Triton's kernels, bound once per kind of arguments.
-
-Triton's own launch binds names, looks at every argument and builds a text to find the compiled kernel: half of the
-host's time of a launch (bench/bench_host.py). The compiled kernel can be kept, and started directly. Triton compiles a
-kernel anew for other dtypes, for pointers and numbers that 16 divides, for the number 1, and for numbers beyond int32:
-what is kept is kept for exactly these.
-"""
+"""Launches of Triton's kernels. Triton's own takes half of the host's time of a launch (bench/bench_host.py). So what
+it compiled is kept for each kind of arguments, and started directly."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-_KNOWN = ((3, 6), (3, 9))  # the first and the last version whose compiled kernels are known to be started like this
+_KNOWN = ((3, 6), (3, 9))  # versions of Triton whose compiled kernels start like this
 _BINDS = _KNOWN[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= _KNOWN[1] and torch.version.hip is None
 _driver = triton.runtime.driver
-# By kernel, device and kinds: what Triton compiled, what starts it, and the constants that it wants to be told again.
 _bound: dict[Any, tuple[Any, Callable[..., None], tuple[Any, ...]]] = {}
 
 
@@ -29,9 +23,8 @@ def launch(
 ) -> None:
     """kernel[programs](*tensors, *numbers, **constants), with multiply-adds fused, on the first tensor's device.
 
-    tensors, then numbers: the kernel's arguments, in their order. constants: its tl.constexpr arguments, num_warps and
-    num_stages. This is Triton's own launch on AMD's cards, in the interpreter, while something wants to be told of
-    launches (Proton, Triton's profiler), and with a version of Triton that isn't known.
+    constants: tl.constexpr arguments, num_warps, num_stages. On AMD's cards, in the interpreter, under a profiler of
+    Triton's and with an unknown version of Triton, this is Triton's own launch.
     """
     device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():  # triton launches on the current device

@@ -169,7 +169,7 @@ def layer_norm(
     """
     if check:
         _check(weight, bias, x=x, **({} if residual is None else {"residual": residual}))
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _forward(x, residual, weight, bias, eps, y, None)
     return y
 

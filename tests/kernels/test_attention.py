@@ -18,15 +18,11 @@ from kernel_attention_cases import (  # noqa: F401
     randn,
     reference,
     reference_is_torch,
-    rope_tables,
-    rotated,
     same,
     spans,
-    turned,
 )
 
 from modernbert_lite.kernels import attention as kernel
-from modernbert_lite.kernels import rope
 
 triton = pytest.importorskip("triton")
 
@@ -176,70 +172,6 @@ def test_the_default_tile_list_is_that_of_tiles(window, dtype):
         assert same(got, expected)
 
 
-# ---- rotary embedding on load --------------------------------------------------------------------------------------
-
-
-def assert_rope_is_right(got, qkv, lengths, window, cos, sin) -> None:
-    places = torch.cat([torch.arange(n) for n in lengths]).clamp(max=len(cos) - 1).to(DEVICE)
-    truth = reference(rotated(qkv, cos[places], sin[places]), lengths, window)
-    plain = reference(turned(qkv, cos[places], sin[places]), lengths, window)
-    assert_within_twice(got, plain, truth)
-
-
-@pytest.mark.parametrize("dtype", [HALF, SINGLE])
-@pytest.mark.parametrize(("D", "window"), [(32, FULL), (64, LOCAL), (128, (3, 0)), (128, FULL)])
-def test_rope_on_load_equals_rope_before(window, D, dtype):
-    lengths = [3, 0, 65, 1, 130]
-    qkv, (cos, sin) = randn(sum(lengths), 3, 1, D, dtype=dtype), rope_tables(140, D)
-    kept = qkv.clone()
-    got = kernel.attention(qkv, ends(lengths), window, cos=cos, sin=sin)
-    assert same(qkv, kept)
-    assert_rope_is_right(got, qkv, lengths, window, cos, sin)
-    assert (got - kernel.attention(qkv, ends(lengths), window)).abs().max() > 0.01  # it does turn
-
-
-def test_what_is_turned_on_load_is_rounded_as_in_memory():
-    """Sharp scores show it: without the rounding the results differ by more than 1e-2. In memory by the kernel, because
-    a compiler that contracts other products than torch's rounds some numbers otherwise."""
-    qkv, (cos, sin) = randn(130, 3, 1, 64), rope_tables(130, 64)
-    qkv[:, :2] *= 7
-    qkv = qkv.half()
-    got = kernel.attention(qkv, ends([130]), cos=cos, sin=sin)
-    before = kernel.attention(rope.rope_(qkv.clone(), cos, sin), ends([130]))
-    assert (got.double() - before.double()).abs().max() <= 4e-3
-
-
-@pytest.mark.parametrize("dtype", [HALF, SINGLE])
-@pytest.mark.parametrize(("rows", "window"), [(1, FULL), (10, (40, 40)), (64, FULL), (64, LOCAL)])
-def test_places_beyond_the_tables_take_their_last_row(rows, window, dtype):
-    """And nothing behind it: the tables lie in front of NaN."""
-    lengths = [70, 2, 130]
-    cos, sin = rope_tables(rows, 64)
-    cos, sin = (torch.cat([x, torch.full((140, 32), torch.nan, device=DEVICE)])[:rows] for x in (cos, sin))
-    qkv = randn(sum(lengths), 3, 1, 64, dtype=dtype)
-    got = kernel.attention(qkv, ends(lengths), window, cos=cos, sin=sin)
-    assert_rope_is_right(got, qkv, lengths, window, cos, sin)
-
-
-@pytest.mark.parametrize("window", [FULL, LOCAL])
-def test_rope_in_bfloat16(window):
-    """q and k are rounded once more than without RoPE; the interpreter cuts them off."""
-    qkv, (cos, sin) = randn(131, 3, 1, 64, dtype=torch.bfloat16), rope_tables(130, 64)
-    lengths = [1, 130]
-    got = kernel.attention(qkv, ends(lengths), window, cos=cos, sin=sin)
-    places = torch.cat([torch.arange(n) for n in lengths]).to(DEVICE)
-    truth = reference(rotated(qkv, cos[places], sin[places]), lengths, window)
-    assert got.dtype == torch.bfloat16
-    assert (got.double() - truth).abs().max() <= 2 * 2**-7 * truth.abs().max()
-
-
-def test_two_sequences_of_the_same_text_are_turned_alike():
-    """Places count from each sequence's own start."""
-    one, (cos, sin) = randn(70, 3, 1, 32, dtype=HALF), rope_tables(80, 32)
-    got = kernel.attention(torch.cat([one[:5], one, one]), ends([5, 70, 70]), LOCAL, cos=cos, sin=sin)
-    assert same(got[5:75], got[75:])
-
-
 # ---- layouts -------------------------------------------------------------------------------------------------------
 
 
@@ -276,15 +208,13 @@ def test_a_row_shared_by_all_tokens():
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
 @pytest.mark.parametrize("window", [FULL, LOCAL])
-@pytest.mark.parametrize("rope", [False, True])
-def test_permuting_sequences_permutes_the_outputs(rope, window, dtype):
+def test_permuting_sequences_permutes_the_outputs(window, dtype):
     lengths = [65, 0, 129, 2, 64, 33]
     texts = [randn(n, 3, 1, 32, dtype=dtype, seed=i) for i, n in enumerate(lengths)]
-    tables = dict(zip(("cos", "sin"), rope_tables(129, 32), strict=True)) if rope else {}
-    first = kernel.attention(torch.cat(texts), ends(lengths), window, **tables).split(lengths)
+    first = kernel.attention(torch.cat(texts), ends(lengths), window).split(lengths)
     for order in ([5, 4, 3, 2, 1, 0], [3, 0, 1, 4, 2, 5]):
         cut = [lengths[i] for i in order]
-        got = kernel.attention(torch.cat([texts[i] for i in order]), ends(cut), window, **tables).split(cut)
+        got = kernel.attention(torch.cat([texts[i] for i in order]), ends(cut), window).split(cut)
         assert all(same(part, first[i]) for part, i in zip(got, order, strict=True))
 
 
@@ -321,21 +251,14 @@ def test_a_nan_stays_in_its_sequence_and_shows_there(window, dtype):
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
-@pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("window", [FULL, LOCAL])
 @pytest.mark.parametrize("T", [1, 63, 130])
-def test_nothing_is_read_beside_qkv(T, window, rope, dtype):
-    """qkv lies between rows and columns of NaN, the tables between rows of NaN."""
+def test_nothing_is_read_beside_qkv(T, window, dtype):
+    """qkv lies between rows and columns of NaN."""
     wide = torch.full((T + 160, 5, 3, 32), torch.nan, dtype=dtype, device=DEVICE)
     wide[80 : T + 80, 1:4, 1:2] = randn(T, 3, 1, 32, dtype=dtype)
-    tables = {}
-    if rope:
-        for name, table in zip(("cos", "sin"), rope_tables(T, 32), strict=True):
-            tall = torch.full((T + 160, 16), torch.nan, device=DEVICE)
-            tall[80 : T + 80] = table
-            tables[name] = tall[80 : T + 80]
     qkv = wide[80 : T + 80, 1:4, 1:2]
-    assert kernel.attention(qkv, ends([T]), window, **tables).isfinite().all()
+    assert kernel.attention(qkv, ends([T]), window).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])

@@ -134,52 +134,6 @@ def test_a_bad_block_is_refused(block, listed):
 
 @pytest.mark.usefixtures("no_launch")
 @pytest.mark.parametrize(
-    ("cos", "sin", "message"),
-    [
-        ((9, 16), None, "cos and sin must be given together"),
-        (None, (9, 16), "cos and sin must be given together"),
-        ((9, 32), (9, 32), r"cos is \(9, 32\) torch.float32; it must be \(P, 16\) float32, contiguous"),
-        ((9, 16), (9, 32), r"sin is \(9, 32\)"),
-        ((16,), (16,), r"cos is \(16,\)"),
-        ((9, 1, 16), (9, 1, 16), r"cos is \(9, 1, 16\)"),
-    ],
-)
-def test_tables_of_a_bad_shape_are_refused(cos, sin, message):
-    cos, sin = (None if shape is None else torch.ones(shape, device=DEVICE) for shape in (cos, sin))
-    with pytest.raises(ValueError, match=message):
-        kernel.attention(randn(10, 3, 1, 32), ends([10]), cos=cos, sin=sin)
-
-
-@pytest.mark.usefixtures("no_launch")
-@pytest.mark.parametrize("dtype", [HALF, torch.bfloat16, torch.float64, torch.int32])
-@pytest.mark.parametrize("name", ["cos", "sin"])
-def test_tables_of_a_bad_dtype_are_refused(name, dtype):
-    tables = {"cos": torch.ones(9, 16, device=DEVICE), "sin": torch.ones(9, 16, device=DEVICE)}
-    tables[name] = tables[name].to(dtype)
-    with pytest.raises(ValueError, match=f"{name} is .*{dtype}; it must be"):
-        kernel.attention(randn(10, 3, 1, 32), ends([10]), **tables)
-
-
-@pytest.mark.usefixtures("no_launch")
-@pytest.mark.parametrize("name", ["cos", "sin"])
-def test_tables_that_are_not_contiguous_are_refused(name):
-    tables = {"cos": torch.ones(9, 16, device=DEVICE), "sin": torch.ones(9, 16, device=DEVICE)}
-    tables[name] = torch.ones(9, 32, device=DEVICE)[:, ::2]
-    with pytest.raises(ValueError, match=f"{name} is .*contiguous"):
-        kernel.attention(randn(10, 3, 1, 32), ends([10]), **tables)
-
-
-@pytest.mark.usefixtures("no_launch")
-@pytest.mark.parametrize(("cos", "sin"), [(10, 5), (5, 10), (0, 0), (3, 0)])
-def test_tables_without_rows_or_of_two_lengths_are_refused(cos, sin):
-    """The kernel would read beside them."""
-    cos, sin = torch.ones(cos, 16, device=DEVICE), torch.ones(sin, 16, device=DEVICE)
-    with pytest.raises(ValueError, match=r"(cos|sin) is"):
-        kernel.attention(randn(10, 3, 1, 32), ends([10]), cos=cos, sin=sin)
-
-
-@pytest.mark.usefixtures("no_launch")
-@pytest.mark.parametrize(
     ("q", "kv", "cu_seqlens", "message"),
     [
         (

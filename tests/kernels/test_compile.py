@@ -78,7 +78,6 @@ def _cases() -> list[Case]:
             if main:
                 cases += [add("attention", 64, "short"), add("attention", 64, "row")]
             if main and target != "gfx942":
-                cases += [add("attention", 64, "local_rope"), add("attention", 64, "global_rope")]
                 others = [D for D in attention.HEAD_DIMS if D != 64]
                 cases += [add("attention", D, v) for D in others for v in ("local", "global", "short")]
     for target in NEW:
@@ -122,15 +121,13 @@ def _launch(case: Case) -> None:
         pooling.pool(x, cu_seqlens, "cls" if case.variant == "cls" else "mean", **norm)
     else:
         qkv = torch.zeros(200, 3, 2, width, dtype=dtype)
-        angles = torch.zeros(200, width // 2)
-        tables = {"cos": angles, "sin": angles} if case.variant.endswith("rope") else {}
         window = (64, 64) if case.variant.startswith("local") else (-1, -1)
         if case.variant == "short":
             attention.attention(qkv[:64], torch.tensor([0, 64], dtype=torch.int32))
         elif case.variant == "row":
             attention.row_attention(qkv[:2, 0], qkv[:, 1:], cu_seqlens)
         else:
-            attention.attention(qkv, cu_seqlens, window, **tables)
+            attention.attention(qkv, cu_seqlens, window)
 
 
 class _Card:

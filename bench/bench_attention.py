@@ -4,8 +4,8 @@ python -m bench.bench_attention [--out DIR] [--tokens 32768] [--check] [--tune] 
 
 "fraction" is the floor over the time: the useful operations at a large product's rate, or q, k, v and the result at a
 large copy's, whichever takes longer. Cases are named by shape, length ("ragged": lognormal), local (64, 64) or global;
-"rows": the first token's query alone, as the last layer of a CLS-pooled
-embedder needs it. torch.compile is left out: it would unroll the plain one's loop over lengths.
+"rows": the first token's query alone, as the last layer of a CLS-pooled embedder needs it. torch.compile is left out:
+it would unroll the plain one's loop over lengths.
 """
 
 from __future__ import annotations

@@ -41,22 +41,23 @@ Row = dict[str, str]
 
 
 class Card:
-    """A driver for Triton of a card that isn't there. `calls` holds what it was asked to launch."""
+    """A driver for Triton of a card that isn't there ("sm_90", "gfx942"). `calls` holds what it was asked to launch."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: str = "sm_90") -> None:
         from triton.backends.compiler import GPUTarget
 
-        self.target = GPUTarget("cuda", 90, 32)
+        amd, self.name = target.startswith("gfx"), target
+        self.target = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
         self.calls: list[tuple[Any, ...]] = []
 
     def get_current_target(self) -> Any:
         return self.target
 
-    def get_current_device(self) -> int:
-        return 0
+    def get_current_device(self) -> str:
+        return self.name  # what compiled kernels are kept by
 
     def get_current_stream(self, device: int) -> int:
-        return 7  # any number: a test looks for it
+        return 7  # any number, but one that a launch can't hold by chance
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("meta")

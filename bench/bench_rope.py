@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,10 @@ def cases(options: Options) -> Iterator[Case]:
     def plain(x: Tensor, cos: Tensor, sin: Tensor, ids: Tensor) -> Tensor:
         return ops.rope(x.flatten(1, 2), 2 * x.shape[2], (cos, sin, ids)).view_as(x)
 
-    back = functools.partial(kernel.rope_, inverse=True)
+    def ours(x: Tensor, *tables: Tensor, inverse: bool = False) -> Tensor:
+        return kernel.rope_(x.view(len(x), -1, x.shape[3]), *tables, heads=2 * x.shape[2], inverse=inverse).view_as(x)
+
+    back = functools.partial(ours, inverse=True)
     for dtype in options.torch_dtypes():
         for name, shape in options.shapes("base", "large", "small").items():
             for T in options.sizes(1024, 8192, 32768, 131072, smoke=13):
@@ -94,13 +97,13 @@ def cases(options: Options) -> Iterator[Case]:
                 def make(shape=shape, dtype=dtype, T=T, cos=cos, sin=sin, ids=batch.position_ids):
                     return torch.randn(T, 3, shape.H, shape.D, device=cos.device).to(dtype), cos, sin, ids
 
-                providers = {"torch": plain, "triton": kernel.rope_}
+                providers = {"torch": plain, "triton": ours}
                 notes = {}
                 if options.compiles(name):
                     providers["torch.compile"] = compiled(in_place)
                 if name == "base" and not options.tune:
                     rows = [x[batch.position_ids].contiguous() for x in (cos, sin)]
-                    providers["triton, tables by token"] = lambda x, *_, rows=rows: kernel.rope_(x, *rows)
+                    providers["triton, tables by token"] = lambda x, *_, rows=rows: ours(x, *rows)
                 if T % LENGTH == 0:
                     if rotary := options.peer("flash_attn.layers.rotary", "apply_rotary_emb"):
                         providers["flash-attn"] = functools.partial(flash_attn, rotary, cos.to(dtype), sin.to(dtype))
@@ -111,7 +114,7 @@ def cases(options: Options) -> Iterator[Case]:
                         )
                         notes["liger"] = "padded, copies q and k out of the projection"
                 if options.tune:
-                    providers |= configurations(kernel, shape.H)
+                    providers |= configurations(kernel, ours)
                 size = traffic(T, shape.H, shape.D, dtype.itemsize)
                 yield Case(name, T, dtype, make, truth, providers, size, notes=notes, look=look)
                 if name == "base" and not options.tune:  # the backward pass: the same kernel, the sine negated
@@ -119,10 +122,10 @@ def cases(options: Options) -> Iterator[Case]:
                     yield Case(name + " backward", T, dtype, make, truth_backward, providers, size, look=look)
 
 
-def configurations(kernel: Any, H: int) -> dict[str, Any]:
+def configurations(kernel: Any, ours: Callable[..., Tensor]) -> dict[str, Any]:
     return {
         f"BLOCK_T={t} BLOCK_H={h} warps={warps}": patched(
-            kernel.rope_, kernel, BLOCK_T=t, BLOCK_H=h, _rope_kernel=Launch(kernel._rope_kernel, num_warps=warps)
+            ours, kernel, BLOCK_T=t, BLOCK_H=h, _rope_kernel=Launch(kernel._rope_kernel, num_warps=warps)
         )
         for t in (1, 2, 4, 8, 16, 32)
         for h in (4, 8, 16, 32)

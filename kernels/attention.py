@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import check_cu_seqlens, check_devices, check_rows, launch
 
 HEAD_DIMS = (32, 64, 128)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOG2E = 1.4426950408889634
 
 
@@ -233,21 +232,6 @@ def device_tiles(cu_seqlens: Tensor, count: int, block: int) -> Tensor:
     return torch.where((tile < ends[-1:])[:, None], table, 0).to(torch.int32)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, T: int) -> list[int]:
-    """Its values, brought to the host. Raises ValueError unless it is (B + 1,) int32, starts at 0, never decreases and
-    ends at T."""
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(
-            f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (B + 1,) int32, B at least 1"
-        )
-    values = cu_seqlens.tolist()
-    if values[0] != 0 or values[-1] != T or any(a > b for a, b in pairwise(values)):
-        raise ValueError(
-            f"cu_seqlens is {values[:8]}..{values[-1]}; it must start at 0, never decrease, end at T = {T}"
-        )
-    return values
-
-
 def attention(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -283,7 +267,8 @@ def attention(
         block = block or block_m(max(lengths), qkv.dtype, left >= 0 or right >= 0)
         tile_table = tiles(lengths, max(block, 1)).to(qkv.device)
     if check:
-        _check(q, k, v, tile_table, block)
+        check_rows("attention_op", qkv=qkv)
+        _check(q, tile_table, block)
     return _launch(q, k, v, tile_table, block, left, right, config)
 
 
@@ -331,27 +316,17 @@ def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, check: bool = Tr
     table = torch.stack([row, row + 1, cu_seqlens[:-1], cu_seqlens[1:]], 1)
     k, v = kv.chunk(2, 1)
     block = 32 if q.dtype == torch.float32 else 64  # one row of it is used; the matrix units take no fewer
-    _check(q, k, v, table, block)
+    check_rows("attention_op", q=q, kv=kv)
+    _check(q, table, block)
     return _launch(q, k, v, table, block, -1, -1, None)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, block: int) -> None:
-    (Q, _, D), T = q.shape, len(k)
-    if D not in HEAD_DIMS:
-        raise ValueError(f"qkv has head_dim {D}; it must be one of {', '.join(map(str, HEAD_DIMS))}")
-    if q.dtype not in _DTYPES:
-        raise ValueError(f"qkv has dtype {q.dtype}; it must be float16, bfloat16 or float32")
-    if q.stride(2) != 1 or k.stride(2) != 1 or v.stride() != k.stride():
-        raise ValueError("qkv must have a contiguous last dimension, and k and v the same strides")
-    if max(Q * q.stride(0), T * k.stride(0)) >= 2**31:
-        raise ValueError(f"qkv spans {T} rows of {k.stride(0)} elements, 2^31 or more; split the batch")
+def _check(q: Tensor, table: Tensor, block: int) -> None:
+    if q.shape[2] not in HEAD_DIMS:
+        raise ValueError(f"qkv has head_dim {q.shape[2]}; it must be one of {', '.join(map(str, HEAD_DIMS))}")
+    check_devices(queries=q, tile_table=table)
     if table.dim() != 2 or table.shape[1] != 4 or table.dtype != torch.int32 or not table.is_contiguous():
         raise ValueError(f"tile_table is {tuple(table.shape)} {table.dtype}; it must be what `tiles` gives")
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("qkv requires a gradient, which this function has none of: use attention_op, or no_grad")
-    for name, x in (("kv", k), ("tile_table", table)):
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, the queries on {q.device}; they must be on one device")
     if block not in (16, 32, 64, 128, 256):
         raise ValueError(f"block is {block}; it must be 16, 32, 64, 128 or 256")
 
@@ -374,7 +349,7 @@ def _launch(
     (q_row, q_head, _), (k_row, k_head, _), (out_row, out_head, _) = q.stride(), k.stride(), out.stride()
     launch(
         _attention_kernel,
-        (table.shape[0], H),
+        (table.shape[0], H, 1),
         (q, k, v, out, table),
         (Q, T, D**-0.5 * _LOG2E, q_row, k_row, out_row, q_head, k_head, out_head),
         SHARED=H // k.shape[1],

@@ -5,10 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import check_rows, launch
 
 ACTIVATIONS = ("gelu", "silu")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK_T, BLOCK_N = 16, 128  # 1152, 2304 and 3072 are multiples of 128, 2624 almost
 
 
@@ -100,16 +99,7 @@ def _check(act: str, **tensors: Tensor) -> None:
                 f"{name} is {tuple(x.shape)} {x.dtype}, {first} {tuple(like.shape)} {like.dtype}; "
                 f"{', '.join(tensors)} must be (T, N) of one dtype"
             )
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(f"{name} requires a gradient, which this function has none of: use geglu_op, or no_grad")
-        if x.device != like.device:
-            raise ValueError(f"{name} is on {x.device}, {first} on {like.device}; they must be on one device")
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"{name} has dtype {x.dtype}; it must be float32, float16 or bfloat16")
-        if x.numel() and x.shape[1] > 1 and x.stride(1) != 1:
-            raise ValueError(f"the last dimension of {name} must be contiguous")
-        if max(x.numel(), len(x) * x.stride(0)) >= 2**31:
-            raise ValueError(f"{name} spans {len(x)} rows of {x.stride(0)} elements, 2^31 or more; split the batch")
+    check_rows("geglu_op", **tensors)
     if act not in ACTIVATIONS:
         raise ValueError(f"act is {act!r}; it must be 'gelu' or 'silu'")
 
@@ -127,7 +117,7 @@ def geglu(activated: Tensor, gate: Tensor, act: str = "gelu", *, check: bool = T
     if out.numel():
         launch(
             _geglu_kernel,
-            (-(-T // BLOCK_T) * -(-N // BLOCK_N),),
+            (-(-T // BLOCK_T) * -(-N // BLOCK_N), 1, 1),
             (activated, gate, out),
             (T, N, activated.stride(0), gate.stride(0)),
             GELU=act == "gelu",
@@ -150,7 +140,7 @@ def geglu_backward(
         grad_activated, grad_gate = out.chunk(2, -1)[:: -1 if swapped else 1]
         launch(
             _geglu_backward_kernel,
-            (-(-T // BLOCK_T) * -(-N // BLOCK_N),),
+            (-(-T // BLOCK_T) * -(-N // BLOCK_N), 1, 1),
             (grad, activated, gate, grad_activated, grad_gate),
             (T, N, grad.stride(0), activated.stride(0), gate.stride(0), out.stride(0)),
             GELU=act == "gelu",

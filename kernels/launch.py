@@ -1,40 +1,35 @@
-"""Launches of Triton's kernels. Triton's own takes half of the host's time of a launch (bench/bench_host.py). So what
-it compiled is kept for each kind of arguments, and started directly."""
+"""What the kernels share: a launch that is bound once, and the checks of what no kernel takes."""
 
-from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-_KNOWN = ((3, 6), (3, 9))  # versions of Triton whose compiled kernels start like this
-_BINDS = _KNOWN[0] <= tuple(map(int, triton.__version__.split(".")[:2])) <= _KNOWN[1] and torch.version.hip is None
-_driver = triton.runtime.driver
-_bound: dict[Any, tuple[Any, Callable[..., None], tuple[Any, ...]]] = {}
+# What Triton 3.6 to 3.9 compile anew for is known. (AMD's backend looks at the sizes of tensors, too.)
+_BINDS = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9) and torch.version.hip is None
+_bound: dict[Any, tuple[Any, ...]] = {}  # what was compiled, and the constants that it asks for again
 
 
 def launch(
     kernel: Any,
-    programs: tuple[int, ...],
+    programs: tuple[int, int, int],
     tensors: tuple[Tensor, ...],
     numbers: tuple[int | float, ...],
     **constants: Any,
 ) -> None:
     """kernel[programs](*tensors, *numbers, **constants), with multiply-adds fused, on the first tensor's device.
 
-    constants: tl.constexpr arguments, num_warps, num_stages. On AMD's cards, in the interpreter, under a profiler of
-    Triton's and with an unknown version of Triton, this is Triton's own launch.
+    Triton's own launch takes half of the host's time (bench/bench_host.py). So what it compiled is kept for each kind
+    of arguments, and started directly.
     """
     device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():  # triton launches on the current device
         with torch.cuda.device(device):
             return launch(kernel, programs, tensors, numbers, **constants)
-    if not _BINDS or not isinstance(kernel, triton.JITFunction) or _is_watched():
-        kernel[programs](*tensors, *numbers, **constants, enable_fp_fusion=True)
-        return None
     key = (
-        kernel.fn,
+        id(kernel),  # what was compiled holds it
         device,
         *[x.dtype for x in tensors],
         *[x.data_ptr() % 16 == 0 for x in tensors],
@@ -46,21 +41,54 @@ def launch(
         *constants,
         *constants.values(),
     )
-    bound = _bound.get(key)
-    if bound is None:
-        compiled = kernel[programs](*tensors, *numbers, **constants, enable_fp_fusion=True)
-        if compiled is not None:
-            rest = kernel.arg_names[len(tensors) + len(numbers) :]
-            _bound[key] = (compiled, compiled.run, tuple(constants[name] for name in rest))
+    compiled, rest = _bound.get(key, (None, ()))
+    hooks = triton.knobs.runtime  # of a profiler, which Triton's own launch tells of launches
+    if compiled is not None and not hooks.launch_enter_hook.calls and not hooks.launch_exit_hook.calls:
+        stream = triton.runtime.driver.active.get_current_stream(max(device, 0))
+        own = (compiled.function, compiled.packed_metadata, None, None, None)
+        compiled.run(*programs, stream, *own, *tensors, *numbers, *rest)
         return None
-    compiled, run, rest = bound
-    stream = _driver.active.get_current_stream(max(device, 0))
-    x, y, z = (*programs, 1, 1)[:3]
-    run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *tensors, *numbers, *rest)
+    compiled = kernel[programs](*tensors, *numbers, **constants, enable_fp_fusion=True)
+    if _BINDS and isinstance(kernel, triton.JITFunction) and compiled is not None:
+        names = kernel.arg_names[len(tensors) + len(numbers) :]
+        _bound[key] = compiled, [constants[name] for name in names]
     return None
 
 
-def _is_watched() -> bool:
-    runtime = triton.knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+def check_rows(operator: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError for tensors (rows, .., numbers) that no kernel takes. None is passed over. operator: what has a
+    gradient."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    for name, x in given.items():
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be float16, bfloat16 or float32")
+        if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"the last dimension of {name} must be contiguous")
+        if max(x.numel(), len(x) * x.stride(0)) >= 2**31:
+            raise ValueError(f"{name} spans {len(x)} rows of {x.stride(0)} elements, 2^31 or more; split the batch")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which this function has none of: use {operator}, or no_grad")
+    check_devices(**given)
+
+
+def check_devices(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless all are on the first one's device. None is passed over."""
+    (first, like), *others = ((name, x) for name, x in tensors.items() if x is not None)
+    for name, x in others:
+        if x.device != like.device:
+            raise ValueError(f"{name} is on {x.device}, {first} on {like.device}; they must be on one device")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, T: int) -> list[int]:
+    """Its values, brought to the host. Raises ValueError unless it is (B + 1,) int32, starts at 0, never decreases and
+    ends at T."""
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (B + 1,) int32, B at least 1"
+        )
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != T or any(a > b for a, b in pairwise(values)):
+        raise ValueError(
+            f"cu_seqlens is {values[:8]}..{values[-1]}; it must start at 0, never decrease, end at T = {T}"
+        )
+    return values

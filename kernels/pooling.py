@@ -4,18 +4,15 @@ Two passes, so that one long sequence is not left to one program, and no sum dep
 of up to CHUNK tokens, then a program a sequence over its chunks.
 """
 
-from itertools import pairwise
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import check_cu_seqlens, check_devices, check_rows, launch
 
 MODES = ("mean", "cls")
 CHUNK = 64
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_WIDTH = 8192
 
 
@@ -138,12 +135,9 @@ def pool(
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
-    if x.dim() != 2 or x.dtype not in _DTYPES or not 0 < x.shape[1] <= _MAX_WIDTH:
-        raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; it must be (T, C) float32, float16 or bfloat16, C <= 8192")
-    if x.shape[1] > 1 and x.stride(1) != 1:
-        raise ValueError("the last dimension of x must be contiguous")
-    if len(x) * x.stride(0) >= 2**31:
-        raise ValueError(f"x spans {len(x)} rows of {x.stride(0)} elements, 2^31 or more; split the batch")
+    if x.dim() != 2 or not 0 < x.shape[1] <= _MAX_WIDTH:
+        raise ValueError(f"x is {tuple(x.shape)}; it must be (T, C), C at most {_MAX_WIDTH}")
+    check_rows("pool_op", x=x)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.stride(0) != 1:
         raise ValueError(
             f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (B + 1,) int32, contiguous"
@@ -153,17 +147,10 @@ def pool(
             raise ValueError(f"{name} is {tuple(parameter.shape)}; it must be ({x.shape[1]},), contiguous")
     if bias is not None and weight is None:
         raise ValueError("bias was given without weight")
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError("x requires a gradient, which this function has none of: use pool_op, or no_grad")
-    if x.device != cu_seqlens.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, x on {x.device}; they must be on one device")
+    check_devices(x=x, cu_seqlens=cu_seqlens)
     (T, C), B = x.shape, len(cu_seqlens) - 1
     if check and B:
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != T or any(a > b for a, b in pairwise(ends)):
-            raise ValueError(
-                f"cu_seqlens is {ends[:8]}..{ends[-1]}; it must start at 0, never decrease, end at T = {T}"
-            )
+        check_cu_seqlens(cu_seqlens, T)
     out = torch.empty((B, C), dtype=torch.float32, device=x.device)
     if B == 0:
         return out
@@ -176,10 +163,10 @@ def pool(
         slots = T // CHUNK + B
         partial = torch.empty((slots, C), dtype=torch.float32, device=x.device)
         read = (x, cu_seqlens, weight, bias)
-        launch(_sum_kernel, (slots,), (*read, partial), (T, B, C, eps, x.stride(0)), **norm, **shape)
+        launch(_sum_kernel, (slots, 1, 1), (*read, partial), (T, B, C, eps, x.stride(0)), **norm, **shape)
     flags = {"MEAN": mode == "mean", "UNIT": normalize}
     tensors = (x, cu_seqlens, weight, bias, partial, out)
-    launch(_finish_kernel, (B,), tensors, (T, C, eps, x.stride(0)), **flags, **norm, **shape)
+    launch(_finish_kernel, (B, 1, 1), tensors, (T, C, eps, x.stride(0)), **flags, **norm, **shape)
     return out
 
 

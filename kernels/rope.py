@@ -5,9 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import check_devices, check_rows, launch
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK_T, BLOCK_H = 8, 8
 
 
@@ -21,9 +20,7 @@ def _rope_kernel(
     P,
     H,
     stride_t,
-    stride_qk,
     stride_h,
-    TURNED: tl.constexpr,
     HALF: tl.constexpr,
     PADDED: tl.constexpr,  # HALF's next power of two
     POSITIONS: tl.constexpr,
@@ -31,9 +28,9 @@ def _rope_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    groups = tl.cdiv(TURNED * H, BLOCK_H)
+    groups = tl.cdiv(H, BLOCK_H)
     token = tl.program_id(0) // groups * BLOCK_T + tl.arange(0, BLOCK_T)
-    head = tl.program_id(0) % groups * BLOCK_H + tl.arange(0, BLOCK_H)  # q's, then k's
+    head = tl.program_id(0) % groups * BLOCK_H + tl.arange(0, BLOCK_H)
     column = tl.arange(0, PADDED)
     if POSITIONS:
         place = tl.load(position_ids + token, mask=token < T, other=0)
@@ -46,9 +43,8 @@ def _rope_kernel(
     s = tl.load(sin + angle, mask=known, other=0.0)[:, None, :]
     if INVERSE:
         s = -s
-    heads = head // H * stride_qk + head % H * stride_h
-    address = token.to(tl.int64)[:, None, None] * stride_t + heads[None, :, None] + column[None, None, :]
-    inside = (token < T)[:, None, None] & (head < TURNED * H)[None, :, None] & (column < HALF)[None, None, :]
+    address = token.to(tl.int64)[:, None, None] * stride_t + (head * stride_h)[None, :, None] + column[None, None, :]
+    inside = (token < T)[:, None, None] & (head < H)[None, :, None] & (column < HALF)[None, None, :]
     first, second = x + address, x + HALF + address
     # fp32 from the load on, also because the interpreter's own bf16 arithmetic is wrong.
     x1 = tl.load(first, mask=inside).to(tl.float32)
@@ -57,23 +53,15 @@ def _rope_kernel(
     tl.store(second, (x2 * c + x1 * s).to(x.dtype.element_ty), mask=inside)
 
 
-def _check(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, heads: int | None) -> None:
-    if heads is None and (qkv.dim() != 4 or qkv.shape[1] not in (1, 2, 3)):
-        raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (T, 3, H, D), or (T, 2, H, D), or (T, 1, H, D)")
-    if heads is not None and (qkv.dim() != 3 or not 0 <= heads <= qkv.shape[1]):
+def _check(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, heads: int) -> None:
+    if qkv.dim() != 3 or not 0 <= heads <= qkv.shape[1]:
         raise ValueError(f"qkv is {tuple(qkv.shape)} and heads {heads}; it must be (T, N, D), with at most N heads")
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        raise ValueError("qkv requires a gradient, which a change in place would falsify: use rope_op")
-    T, D = qkv.shape[0], qkv.shape[-1]
-    H = qkv.shape[2] if heads is None else heads
-    if qkv.dtype not in _DTYPES:
-        raise ValueError(f"qkv has dtype {qkv.dtype}; it must be float16, bfloat16 or float32")
+    T, _, D = qkv.shape
     if D % 2 or D == 0:
         raise ValueError(f"qkv has head_dim {D}; it must be even")
-    if qkv.stride(-1) != 1:
-        raise ValueError("qkv must have a contiguous last dimension")
-    if T * qkv.stride(0) >= 2**31 or qkv.stride(1) + H * qkv.stride(-2) >= 2**31:
-        raise ValueError(f"qkv spans {T} rows of {qkv.stride(0)} elements, 2^31 or more; split the batch")
+    check_rows("rope_op", qkv=qkv)
+    if heads * qkv.stride(1) >= 2**31:
+        raise ValueError(f"qkv spans {heads} heads of {qkv.stride(1)} elements, 2^31 or more")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dim() != 2 or table.shape[1] != D // 2 or table.dtype != torch.float32 or not table.is_contiguous():
             raise ValueError(
@@ -83,9 +71,7 @@ def _check(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, h
         raise ValueError(f"cos has {cos.numel()} elements, 2^31 or more")
     if len(cos) != len(sin) or (T and len(cos) == 0) or (position_ids is None and len(cos) < T):
         raise ValueError(f"cos has {len(cos)} rows and sin {len(sin)}; T is {T}: there must be one a token or position")
-    for name, x in (("cos", cos), ("sin", sin), ("position_ids", position_ids)):
-        if x is not None and x.device != qkv.device:
-            raise ValueError(f"{name} is on {x.device}, qkv on {qkv.device}; they must be on one device")
+    check_devices(qkv=qkv, cos=cos, sin=sin, position_ids=position_ids)
     if position_ids is not None and (
         position_ids.shape != (T,)
         or position_ids.dtype not in (torch.int32, torch.int64)
@@ -103,12 +89,11 @@ def rope_(
     sin: Tensor,
     position_ids: Tensor | None = None,
     *,
-    heads: int | None = None,
+    heads: int,
     inverse: bool = False,
     check: bool = True,
 ) -> Tensor:
-    """Rotates the first `heads` heads of qkv (T, N, D) in place and returns it; the others stay. fp32 arithmetic. Also
-    q and k of (T, 3, H, D), k of (T, 2, H, D), q alone (T, 1, H, D), without `heads`.
+    """Rotates the first `heads` heads of qkv (T, N, D) in place and returns it; the others stay. fp32 arithmetic.
 
     cos, sin (P, D / 2) fp32, contiguous: row t is token t's, or with position_ids (T,) int32 or int64 row
     position_ids[t] (values beyond the tables take their first or last row). D even. Split halves (NeoX): pair j is
@@ -118,17 +103,14 @@ def rope_(
     """
     if check:
         _check(qkv, cos, sin, position_ids, heads)
-    T, D = qkv.shape[0], qkv.shape[-1]
-    # All turned heads are one row of them, or two: q's and k's.
-    turned, H = (1, heads) if heads is not None else (max(1, qkv.shape[1] - 1), qkv.shape[2])
-    if qkv.numel() and H:
-        half, strides = D // 2, qkv.stride()
+    T, _, D = qkv.shape
+    if qkv.numel() and heads:
+        half = D // 2
         launch(
             _rope_kernel,
-            (-(-T // BLOCK_T) * -(-turned * H // BLOCK_H),),
+            (-(-T // BLOCK_T) * -(-heads // BLOCK_H), 1, 1),
             (qkv, cos, sin, cos if position_ids is None else position_ids),
-            (T, cos.shape[0], H, strides[0], strides[1], strides[-2]),
-            TURNED=turned,
+            (T, cos.shape[0], heads, qkv.stride(0), qkv.stride(1)),
             HALF=half,
             PADDED=1 << (half - 1).bit_length(),
             POSITIONS=position_ids is not None,
@@ -140,9 +122,7 @@ def rope_(
 
 
 @torch.library.custom_op("modernbert_lite::rope", mutates_args=())
-def rope_op(
-    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, inverse: bool, heads: int | None = None
-) -> Tensor:
+def rope_op(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, inverse: bool, heads: int) -> Tensor:
     """`rope_` on a copy, for torch.compile, torch.export and autograd: its backward is itself with the sine negated.
     (An operator in place can't carry a gradient, and would lose it silently.)"""
     copy = qkv.clone(memory_format=torch.contiguous_format)
@@ -150,7 +130,7 @@ def rope_op(
 
 
 @rope_op.register_fake
-def _(qkv, cos, sin, position_ids, inverse, heads=None):
+def _(qkv, cos, sin, position_ids, inverse, heads):
     return qkv.new_empty(qkv.shape)
 
 

@@ -124,8 +124,7 @@ def geglu(x: Tensor, act: str, swapped: bool = False) -> Tensor | None:
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> Tensor | None:
-    """With a gradient, torch's own norm is used: its backward pass is hard to beat at these widths
-    (bench/bench_layer_norm.py)."""
+    """With a gradient, torch's own norm is used."""
     if not _fits_a_program(x) or not works(x.device):
         return None
     if wants_gradient(x, weight, bias, residual) or torch.is_autocast_enabled():

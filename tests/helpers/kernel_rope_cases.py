@@ -27,6 +27,23 @@ def projection(T: int, H: int, D: int, dtype: torch.dtype = torch.float32, *, pa
     return torch.randn(T, parts, H, D, generator=generator).to(DEVICE, dtype)
 
 
+def rope_(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None, *, inverse: bool = False
+) -> Tensor:
+    """`kernel.rope_` of (T, parts, H, D), in place. The last of several parts is v, and stays."""
+    T, parts, H, D = qkv.shape
+    heads = qkv.view(T, parts * H, D)  # of the same memory
+    assert kernel.rope_(heads, cos, sin, position_ids, heads=max(1, parts - 1) * H, inverse=inverse) is heads
+    return qkv
+
+
+def rope_op(qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, inverse: bool) -> Tensor:
+    """`kernel.rope_op` of (T, parts, H, D). The last of several parts is v, and stays."""
+    _, parts, H, _ = qkv.shape
+    out = kernel.rope_op(qkv.flatten(1, 2), cos, sin, position_ids, inverse, max(1, parts - 1) * H)
+    return out.unflatten(1, (parts, H))
+
+
 def tables(P: int, D: int) -> tuple[Tensor, Tensor]:
     """cos and sin of the first P positions, (P, D / 2) fp32."""
     angles = torch.arange(P)[:, None].double() * 10_000.0 ** (-torch.arange(0, D, 2).double() / D)
@@ -74,7 +91,7 @@ def assert_rotates_as_the_reference(qkv: Tensor, positions: torch.dtype | None) 
     rows = torch.arange(T, device=DEVICE) if position_ids is None else position_ids.long()
     plain = turned(qkv, cos[rows], sin[rows])
     truth, kept = exact(qkv, cos[rows], sin[rows]), qkv.clone()
-    assert kernel.rope_(qkv, cos, sin, position_ids) is qkv
+    rope_(qkv, cos, sin, position_ids)
     assert_as_good_as_torch(qkv, plain, truth)
     if parts > 1:
         assert same_bits(qkv[:, -1], kept[:, -1])
@@ -86,22 +103,18 @@ def inside_a_buffer(layout: str, T: int, H: int, D: int) -> tuple[Tensor, Tensor
         "rows in the middle": (T + 12, 3, H, D),
         "rows wider than the projection": (T, 3 * H * D + 10),
         "every second row": (2 * T, 3, H, D),
-        "gaps between q, k and v": (T, 6, H, D),
         "gaps between heads": (T, 3, 2 * H, D),
         "wide heads": (T, 3, H, D + 5),
-        "q, k and v apart": (3, T + 2, H, D),
-        "heads first": (H, 3, T + 2, D),
+        "heads first": (3, H, T + 2, D),
     }[layout]
     buffer = torch.full(shape, -12345.0, device=DEVICE)
     view = {
         "rows in the middle": lambda x: x[6:-6],
         "rows wider than the projection": lambda x: x[:, 5:-5].unflatten(1, (3, H, D)),
         "every second row": lambda x: x[1::2],
-        "gaps between q, k and v": lambda x: x[:, ::2],
         "gaps between heads": lambda x: x[:, :, 1::2],
         "wide heads": lambda x: x[..., 3 : D + 3],
-        "q, k and v apart": lambda x: x[:, 1:-1].transpose(0, 1),
-        "heads first": lambda x: x[:, :, 1:-1].permute(2, 1, 0, 3),
+        "heads first": lambda x: x[:, :, 1:-1].permute(2, 0, 1, 3),
     }[layout](buffer)
     assert view.shape == (T, 3, H, D)
     return buffer, view

@@ -103,7 +103,7 @@ def test_values_that_are_not_finite_stay_where_they_are():
             torch.zeros(2, 3).double(),
             torch.zeros(2, 3).double(),
             "gelu",
-            "activated has dtype torch.float64; it must be float32",
+            "activated has dtype torch.float64; it must be float16, bfloat16 or float32",
         ),
         (torch.zeros(2, 3).long(), torch.zeros(2, 3).long(), "gelu", "activated has dtype torch.int64"),
         (torch.zeros(3, 2).T, torch.zeros(2, 3), "gelu", "last dimension .* must be contiguous"),
@@ -188,7 +188,7 @@ def test_the_longest_halves_are_not_refused(launches, monkeypatch):
     half = of_shape(T, 1152, strides=(2304, 1))
     kernel.geglu(half, half)
     kernel.geglu_backward(half, half, half)
-    grid = (-(-T // kernel.BLOCK_T) * -(-1152 // kernel.BLOCK_N),)
+    grid = (-(-T // kernel.BLOCK_T) * -(-1152 // kernel.BLOCK_N), 1, 1)
     assert [call.args for call in launches.__getitem__.call_args_list] == [(grid,)] * 2
 
 

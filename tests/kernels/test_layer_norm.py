@@ -399,7 +399,7 @@ X, W = torch.zeros(4, 8), torch.ones(8)
         ((torch.zeros(8), W), r"x is \(8,\)"),
         ((torch.zeros(2, 3, 8), W), r"x is \(2, 3, 8\)"),
         ((torch.zeros(4, 0), torch.ones(0)), r"x is \(4, 0\)"),
-        ((X.double(), W), "x has dtype torch.float64; it must be float32, float16 or bfloat16"),
+        ((X.double(), W), "x has dtype torch.float64; it must be float16, bfloat16 or float32"),
         ((X.long(), W), "x has dtype torch.int64"),
         ((torch.zeros(1, 8193), torch.ones(8193)), "x is 8193 wide; the kernel takes 8192"),
         ((torch.zeros(8, 4).T, W), "last dimension of x must be contiguous"),

@@ -11,6 +11,8 @@ from kernel_rope_cases import (  # noqa: F401
     inside_a_buffer,
     places,
     projection,
+    rope_,
+    rope_op,
     same_bits,
     tables,
     torch_backend,
@@ -49,10 +51,10 @@ def test_the_gradient_equals_autograd_of_the_reference(parts, positions, inverse
     rows = torch.arange(T, device=DEVICE) if position_ids is None else position_ids.long()
     c, s = cos[rows], sin[rows] * (-1 if inverse else 1)
     kept = qkv.clone()
-    out = kernel.rope_op(qkv, cos, sin, position_ids, inverse)
+    out = rope_op(qkv, cos, sin, position_ids, inverse)
     assert torch.equal(qkv, kept)
     assert_as_good_as_torch(out, turned(qkv, c, s), exact(qkv, c, s))
-    got = gradient(lambda x: kernel.rope_op(x, cos, sin, position_ids, inverse), qkv, weight)
+    got = gradient(lambda x: rope_op(x, cos, sin, position_ids, inverse), qkv, weight)
     truth = gradient(lambda x: exact(x, c, s), qkv.double(), weight.double())
     assert_as_good_as_torch(got, gradient(lambda x: turned(x, c, s), qkv, weight), truth)
     if parts > 1:
@@ -63,7 +65,7 @@ def test_a_second_backward_gives_the_same_gradient():
     qkv, weight, (cos, sin) = projection(9, 3, 6).requires_grad_(), projection(9, 3, 6, seed=1), tables(20, 6)
     position_ids = places(9, 20)
     kept = weight.clone()
-    out = kernel.rope_op(qkv, cos, sin, position_ids, False)
+    out = rope_op(qkv, cos, sin, position_ids, False)
     (first,) = torch.autograd.grad(out, qkv, weight, retain_graph=True)
     (second,) = torch.autograd.grad(out, qkv, weight)
     assert same_bits(first, second)
@@ -75,35 +77,33 @@ def test_the_gradient_of_the_gradient():
     qkv, weight, direction = (projection(9, 3, 6, seed=i) for i in range(3))
     qkv.requires_grad_(), weight.requires_grad_()
     cos, sin = tables(9, 6)
-    (first,) = torch.autograd.grad(
-        kernel.rope_op(qkv, cos, sin, None, False), qkv, grad_outputs=weight, create_graph=True
-    )
+    (first,) = torch.autograd.grad(rope_op(qkv, cos, sin, None, False), qkv, grad_outputs=weight, create_graph=True)
     (second,) = torch.autograd.grad(first, weight, direction)
-    assert same_bits(second, kernel.rope_op(direction, cos, sin, None, False))
+    assert same_bits(second, rope_op(direction, cos, sin, None, False))
 
 
 def test_a_gradient_of_stride_0():
     """As sum() hands it back."""
     qkv, (cos, sin) = projection(9, 3, 6).requires_grad_(), tables(9, 6)
-    kernel.rope_op(qkv, cos, sin, None, False).sum().backward()
+    rope_op(qkv, cos, sin, None, False).sum().backward()
     truth = exact(torch.ones_like(qkv), cos, -sin)
     assert (qkv.grad.double() - truth).abs().max() <= 1e-6
 
 
 def test_the_tables_get_no_gradient():
     qkv, (cos, sin) = projection(9, 3, 6).requires_grad_(), tables(9, 6)
-    kernel.rope_op(qkv, cos.requires_grad_(), sin, None, False).sum().backward()
+    rope_op(qkv, cos.requires_grad_(), sin, None, False).sum().backward()
     assert cos.grad is None
 
 
-@pytest.mark.parametrize("layout", ["rows wider than the projection", "q, k and v apart", "wide heads"])
+@pytest.mark.parametrize("layout", ["rows wider than the projection", "heads first", "wide heads"])
 def test_the_operators_take_views(layout):
     buffer, view = inside_a_buffer(layout, 9, 3, 6)
     qkv, (cos, sin), position_ids = projection(9, 3, 6), tables(20, 6), places(9, 20)
     view.copy_(qkv)
     kept = buffer.clone()
-    expected = kernel.rope_(qkv, cos, sin, position_ids)
-    got = kernel.rope_op(view, cos, sin, position_ids, False)
+    expected = rope_(qkv, cos, sin, position_ids)
+    got = rope_op(view, cos, sin, position_ids, False)
     assert got.is_contiguous()
     assert same_bits(got, expected)
     assert same_bits(buffer, kept)
@@ -114,7 +114,7 @@ def operands(layout: str, positions: torch.dtype | None, dtype: torch.dtype = to
     if layout != "contiguous":
         view = inside_a_buffer(layout, 9, 3, 6)[1].to(dtype)
         qkv = view.copy_(qkv)
-    return qkv, *tables(20, 6), None if positions is None else places(9, 20, positions)
+    return qkv.flatten(1, 2), *tables(20, 6), None if positions is None else places(9, 20, positions)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "rows wider than the projection", "wide heads"])
@@ -122,19 +122,19 @@ def operands(layout: str, positions: torch.dtype | None, dtype: torch.dtype = to
 def test_opcheck(positions, layout):
     qkv, *rest = operands(layout, positions)
     for inverse in (False, True):
-        opcheck(kernel.rope_op, (qkv, *rest, inverse))
-        opcheck(kernel.rope_op, (qkv.detach().requires_grad_(), *rest, inverse))
+        opcheck(kernel.rope_op, (qkv, *rest, inverse, 6))
+        opcheck(kernel.rope_op, (qkv.detach().requires_grad_(), *rest, inverse, 6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_opcheck_in_half_precision(dtype):
     qkv, *rest = operands("contiguous", torch.int32, dtype)
-    opcheck(kernel.rope_op, (qkv, *rest, False))
+    opcheck(kernel.rope_op, (qkv, *rest, False, 6))
 
 
 def test_opcheck_of_no_tokens():
-    qkv, (cos, sin) = projection(0, 3, 6), tables(4, 6)
-    opcheck(kernel.rope_op, (qkv.requires_grad_(), cos, sin, None, False))
+    qkv, (cos, sin) = projection(0, 3, 6).flatten(1, 2), tables(4, 6)
+    opcheck(kernel.rope_op, (qkv.requires_grad_(), cos, sin, None, False, 6))
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_compiled_out_of_place_with_its_gradient(compiled, positions):
     cos, sin = tables(40, 6)
 
     def f(qkv, position_ids, inverse):
-        return kernel.rope_op(qkv * 2, cos, sin, position_ids, inverse).square()
+        return rope_op(qkv * 2, cos, sin, position_ids, inverse).square()
 
     for inverse in (False, True):
         calls = [
@@ -175,7 +175,7 @@ def test_compiled_out_of_place_with_its_gradient(compiled, positions):
 def test_exported():
     class Rotate(torch.nn.Module):
         def forward(self, qkv, cos, sin, position_ids):
-            return kernel.rope_op(qkv, cos, sin, position_ids, False), kernel.rope_op(qkv, cos, sin, position_ids, True)
+            return rope_op(qkv, cos, sin, position_ids, False), rope_op(qkv, cos, sin, position_ids, True)
 
     T = torch.export.Dim("T", min=2, max=4096)
     (cos, sin), example = tables(40, 6), (projection(9, 3, 6), places(9, 40))
@@ -221,7 +221,7 @@ def test_the_gradient_at_real_shapes(H, dtype):
     qkv, weight, (cos, sin) = projection(T, H, D, dtype), projection(T, H, D, dtype, seed=1), tables(8192, D)
     position_ids = places(T, 8192)
     c, s = cos[position_ids.long()], sin[position_ids.long()]
-    got = gradient(lambda x: kernel.rope_op(x, cos, sin, position_ids, False), qkv, weight)
+    got = gradient(lambda x: rope_op(x, cos, sin, position_ids, False), qkv, weight)
     truth = gradient(lambda x: exact(x, c, s), qkv.double(), weight.double())
     assert_as_good_as_torch(got, gradient(lambda x: turned(x, c, s), qkv, weight), truth)
 
@@ -234,11 +234,11 @@ def test_the_inverse_and_the_order_of_tokens_at_real_shapes(dtype):
     qkv, (cos, sin), position_ids = projection(T, H, D, dtype), tables(8192, D), places(T, 8192)
     order = torch.randperm(T, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     c, s = cos[position_ids.long()], sin[position_ids.long()]
-    permuted = kernel.rope_(qkv[order], cos, sin, position_ids[order])
-    kernel.rope_(qkv, cos, sin, position_ids)
+    permuted = rope_(qkv[order], cos, sin, position_ids[order])
+    rope_(qkv, cos, sin, position_ids)
     assert same_bits(permuted, qkv[order])
     plain, truth = turned(qkv, c, -s), exact(qkv, c, -s)
-    assert_as_good_as_torch(kernel.rope_(qkv, cos, sin, position_ids, inverse=True), plain, truth)
+    assert_as_good_as_torch(rope_(qkv, cos, sin, position_ids, inverse=True), plain, truth)
 
 
 @pytest.mark.gpu
@@ -253,8 +253,8 @@ def test_the_longest_projection():
     ends = torch.cat((torch.arange(9), torch.arange(T // 2, T // 2 + 9), torch.arange(T - 9, T))).to(DEVICE)
     part = projection(len(ends), H, D, torch.float16)
     qkv[ends] = part
-    kernel.rope_(qkv, cos, sin, position_ids)
-    assert same_bits(qkv[ends], kernel.rope_(part, cos, sin, position_ids[ends]))
+    rope_(qkv, cos, sin, position_ids)
+    assert same_bits(qkv[ends], rope_(part, cos, sin, position_ids[ends]))
     qkv[ends] = 0
     assert not qkv.any()
 
@@ -266,7 +266,7 @@ def test_any_number_of_tokens_shares_one_compilation():
     cos, sin = tables(300, 64)
     for T in (1, 2, 15, 16, 33, 160, 257):
         qkv = projection(T, 12, 64, torch.float16)
-        kernel.rope_(qkv, cos[:T].contiguous(), sin[:T].contiguous())
+        rope_(qkv, cos[:T].contiguous(), sin[:T].contiguous())
         if T == 2:
             compiled = [len(caches[0]) for caches in kernel._rope_kernel.device_caches.values()]
     assert [len(caches[0]) for caches in kernel._rope_kernel.device_caches.values()] == compiled

@@ -30,23 +30,25 @@ def of_shape(*shape: int, strides: tuple[int, ...] | None = None, dtype: type = 
     return torch.from_numpy(np.lib.stride_tricks.as_strided(memory, shape, [n * memory.itemsize for n in strides]))
 
 
-QKV, TABLE = torch.zeros(5, 3, 2, 8), torch.ones(7, 4)
+QKV, TABLE = torch.zeros(5, 6, 8), torch.ones(7, 4)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"qkv": QKV[0]}, r"qkv is \(3, 2, 8\); it must be \(T, 3, H, D\)"),
+        ({"qkv": QKV[0]}, r"qkv is \(6, 8\) and heads 4; it must be \(T, N, D\), with at most N heads"),
         ({"qkv": QKV.flatten(1)}, r"qkv is \(5, 48\)"),
-        ({"qkv": QKV[None]}, r"qkv is \(1, 5, 3, 2, 8\)"),
-        ({"qkv": QKV[:, :0]}, r"qkv is \(5, 0, 2, 8\)"),
-        ({"qkv": torch.zeros(5, 4, 2, 8)}, r"qkv is \(5, 4, 2, 8\)"),
+        ({"qkv": QKV[None]}, r"qkv is \(1, 5, 6, 8\)"),
+        ({"qkv": QKV[:, :0]}, r"qkv is \(5, 0, 8\)"),
+        ({"qkv": QKV.unflatten(1, (3, 2))}, r"qkv is \(5, 3, 2, 8\)"),
+        ({"heads": 7}, "and heads 7"),
+        ({"heads": -1}, "and heads -1"),
         ({"qkv": QKV.double()}, "qkv has dtype torch.float64; it must be float16, bfloat16 or float32"),
         ({"qkv": QKV.int()}, "qkv has dtype torch.int32"),
         ({"qkv": QKV[..., :7]}, "qkv has head_dim 7; it must be even"),
         ({"qkv": QKV[..., :0]}, "qkv has head_dim 0"),
-        ({"qkv": torch.zeros(5, 3, 2, 16)[..., ::2]}, "qkv must have a contiguous last dimension"),
-        ({"qkv": torch.zeros(5, 3, 8, 2).transpose(2, 3)}, "qkv must have a contiguous last dimension"),
+        ({"qkv": torch.zeros(5, 6, 16)[..., ::2]}, "the last dimension of qkv must be contiguous"),
+        ({"qkv": torch.zeros(5, 8, 6).transpose(1, 2)}, "the last dimension of qkv must be contiguous"),
         ({"cos": torch.ones(7)}, r"cos is \(7,\).*it must be \(P, 4\) float32, contiguous"),
         ({"cos": torch.ones(7, 8)}, r"cos is \(7, 8\).*\(P, 4\)"),
         ({"cos": TABLE.half()}, "cos is .*torch.float16; .*float32"),
@@ -78,32 +80,30 @@ QKV, TABLE = torch.zeros(5, 3, 2, 8), torch.ones(7, 4)
 def test_rope_refuses_what_it_can_not_do(monkeypatch, arguments, message):
     launch = MagicMock()
     monkeypatch.setattr(kernel, "_rope_kernel", launch)
-    given = {"qkv": QKV, "cos": TABLE, "sin": TABLE, "position_ids": None, **arguments}
+    given = {"qkv": QKV, "cos": TABLE, "sin": TABLE, "position_ids": None, "heads": 4, **arguments}
     with pytest.raises(ValueError, match=message):
-        kernel.rope_(**{name: x if x is None else there(x) for name, x in given.items()})
+        kernel.rope_(**{name: there(x) if isinstance(x, Tensor) else x for name, x in given.items()})
     assert not launch.mock_calls
 
 
 @pytest.mark.parametrize(
-    ("shape", "strides"),
+    ("shape", "strides", "heads"),
     [
-        ((932_068, 3, 12, 64), None),  # base's first length beyond
-        ((2**20 + 1, 3, 1, 4), (2**11, 8, 4, 1)),
-        ((2**10 + 1, 3, 2, 4), (2**21, 8, 4, 1)),
+        ((932_068, 36, 64), None, 24),  # base's first length beyond
+        ((2**20 + 1, 3, 4), (2**11, 4, 1), 2),
+        ((2**10 + 1, 6, 4), (2**21, 4, 1), 4),
         # Rows are near to each other, the last head is not.
-        ((3, 3, 3, 4), (4, 12, 2**30, 1)),
-        ((2, 3, 1025, 4), (4, 8, 2**21, 1)),
-        # q ends before 2^31 and k begins there, the last of its heads lies beyond.
-        ((2**10, 3, 8, 64), (512, 2**31 - 64, 64, 1)),
+        ((3, 9, 4), (4, 2**30, 1), 2),
+        ((2, 1025, 4), (4, 2**21, 1), 1024),
     ],
 )
-def test_a_projection_that_spans_too_much_is_refused(monkeypatch, shape, strides):
+def test_a_projection_that_spans_too_much_is_refused(monkeypatch, shape, strides, heads):
     launch = MagicMock()
     monkeypatch.setattr(kernel, "_rope_kernel", launch)
     qkv = of_shape(*shape, strides=strides, dtype=np.float16)
-    table = of_shape(shape[0], shape[3] // 2)
+    table = of_shape(shape[0], shape[2] // 2)
     with pytest.raises(ValueError, match=r"qkv .*2\^31"):
-        kernel.rope_(qkv, table, table)
+        kernel.rope_(qkv, table, table, heads=heads)
     assert not launch.mock_calls
 
 
@@ -111,8 +111,8 @@ def test_the_longest_projection_is_not_refused(monkeypatch):
     launch = MagicMock()
     monkeypatch.setattr(kernel, "_rope_kernel", launch)
     table = of_shape(932_067, 32)
-    kernel.rope_(of_shape(932_067, 3, 12, 64, dtype=np.float16), table, table)
-    assert launch.__getitem__.call_args.args == ((-(-932_067 // kernel.BLOCK_T) * -(-24 // kernel.BLOCK_H),),)
+    kernel.rope_(of_shape(932_067, 36, 64, dtype=np.float16), table, table, heads=24)
+    assert launch.__getitem__.call_args.args == ((-(-932_067 // kernel.BLOCK_T) * -(-24 // kernel.BLOCK_H), 1, 1),)
 
 
 def test_tables_that_span_too_much_are_refused(monkeypatch):
@@ -120,8 +120,5 @@ def test_tables_that_span_too_much_are_refused(monkeypatch):
     monkeypatch.setattr(kernel, "_rope_kernel", launch)
     table = of_shape(2**29, 4)
     with pytest.raises(ValueError, match=r"cos .*2\^31"):
-        kernel.rope_(torch.zeros(5, 3, 2, 8), table, table)
+        kernel.rope_(torch.zeros(5, 6, 8), table, table, heads=4)
     assert not launch.mock_calls
-
-
-# The operators

@@ -4,6 +4,7 @@ Kernels are interpreted in the tests' own process, and that is decided once, so 
 there the launchers are called on CPU tensors, compile as they would for a card, and start nothing.
 """
 
+import ast
 import functools
 import json
 import re
@@ -289,12 +290,14 @@ def test_four_programs_of_local_attention_fit_a_multiprocessor(compiled):
 
 
 def test_additions_and_products_are_fused_at_every_launch():
-    """Triton 3.9 warns where a launch doesn't say so, and 3.10 would not fuse."""
-    for module in MODULES:
-        source = Path(module.__file__).read_text(encoding="utf-8")
-        launches = len(re.findall(r"_kernel\[", source))
-        assert launches
-        assert len(re.findall(r"enable_fp_fusion.{0,2}[=:] ?True", source)) >= (1 if module is pooling else launches)
+    """Triton 3.9 warns where a launch doesn't say so, and 3.10 would not fuse. All launches go through launch.py."""
+    launches = {}
+    for path in Path(attention.__file__).parent.glob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        for call in calls:
+            if isinstance(call.func, ast.Subscript):  # kernel[programs](..)
+                launches[path.stem] = {word.arg: ast.unparse(word.value) for word in call.keywords}
+    assert {name: words["enable_fp_fusion"] for name, words in launches.items()} == {"launch": "True"}
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_80", "gfx942", *OLD])

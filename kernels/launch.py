@@ -42,12 +42,13 @@ def launch(
         *constants.values(),
     )
     compiled, rest = _bound.get(key, (None, ()))
-    hooks = triton.knobs.runtime  # of a profiler, which Triton's own launch tells of launches
-    if compiled is not None and not hooks.launch_enter_hook.calls and not hooks.launch_exit_hook.calls:
-        stream = triton.runtime.driver.active.get_current_stream(max(device, 0))
-        own = (compiled.function, compiled.packed_metadata, None, None, None)
-        compiled.run(*programs, stream, *own, *tensors, *numbers, *rest)
-        return None
+    if compiled is not None:
+        hooks = triton.knobs.runtime  # of a profiler, which Triton's own launch tells of launches
+        if not hooks.launch_enter_hook.calls and not hooks.launch_exit_hook.calls:
+            stream = triton.runtime.driver.active.get_current_stream(max(device, 0))
+            own = (compiled.function, compiled.packed_metadata, None, None, None)
+            compiled.run(*programs, stream, *own, *tensors, *numbers, *rest)
+            return None
     compiled = kernel[programs](*tensors, *numbers, **constants, enable_fp_fusion=True)
     if _BINDS and isinstance(kernel, triton.JITFunction) and compiled is not None:
         names = kernel.arg_names[len(tensors) + len(numbers) :]
@@ -56,8 +57,8 @@ def launch(
 
 
 def check_rows(operator: str, **tensors: Tensor | None) -> None:
-    """Raises ValueError for tensors (rows, .., numbers) that no kernel takes. None is passed over. operator: what has a
-    gradient."""
+    """Raises ValueError for tensors (rows, .., numbers) that no kernel takes. None is allowed. operator: the name of
+    what has a gradient."""
     given = {name: x for name, x in tensors.items() if x is not None}
     for name, x in given.items():
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -72,7 +73,7 @@ def check_rows(operator: str, **tensors: Tensor | None) -> None:
 
 
 def check_devices(**tensors: Tensor | None) -> None:
-    """Raises ValueError unless all are on the first one's device. None is passed over."""
+    """Raises ValueError unless all are on the first one's device. None is allowed."""
     (first, like), *others = ((name, x) for name, x in tensors.items() if x is not None)
     for name, x in others:
         if x.device != like.device:

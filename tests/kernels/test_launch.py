@@ -5,6 +5,7 @@ isn't there (bench/bench_host.py): `launched` holds what its driver was asked to
 """
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -134,3 +135,14 @@ def test_a_profiler_is_told_of_launches(found):
 
 def test_an_unknown_triton_launches_by_itself(found):
     assert found["unknown version"]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_a_triton_without_knobs_is_not_asked_for_them(monkeypatch):
+    """Before 3.4 there are none, and nothing is bound."""
+    triton = pytest.importorskip("triton")
+    from modernbert_lite.kernels import geglu
+
+    monkeypatch.delattr(triton, "knobs")
+    x = torch.ones(3, 5)
+    assert (geglu.geglu(x, x) - 0.8413447).abs().max() < 1e-6  # the normal distribution's cumulative function at 1

@@ -7,7 +7,7 @@
 Tensors are on torch's meta device: they have shapes and no numbers. Triton compiles the kernels for an H100 and is told
 of a card that isn't there, so that a launch ends where the driver would take over. Matrix products give empty tensors.
 So the times hold what this library and Triton do, and neither the driver's part of a launch (about 3 us) nor torch's
-part of a product (about 6 us each).
+part of a product (about 6 us each). A replay of a graph does nothing: what fills its batch is measured.
 
 `ms` is the least of many times, `median_ms` their median.
 """
@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "smoke": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
     | {"vocab_size": 512},
 }
-PROMISED_MS = {"forward": 2.5, "query": 2.5, "pack": 0.5}
+PROMISED_MS = {"forward": 2.5, "query": 2.5, "pack": 0.5, "forward, replayed": 0.15, "query, replayed": 0.06}
 Row = dict[str, str]
 
 
@@ -77,6 +78,18 @@ class Card:
         CompiledKernel._init_handles = load
 
 
+class NoDevice:
+    """In place of graphs._Device: a replay does nothing, and nothing is waited for."""
+
+    def __init__(self, device: torch.device) -> None: ...
+    def wait(self) -> None: ...
+
+    leave = synchronize = wait
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        return lambda: None, run()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """In place of the product."""
     return torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device) if residual is None else residual
@@ -104,8 +117,8 @@ def times(run: Callable[[], object], repeats: int) -> tuple[float, float]:
 
 
 def measure(shape: str, repeats: int) -> list[Row]:
-    """A row of each: a forward pass of LENGTHS, and packing the texts of the first."""
-    from modernbert_lite.ops import choose, gpu
+    """A row of each: a forward pass of LENGTHS, its replay from a graph, and packing the texts of the first."""
+    from modernbert_lite.ops import choose, gpu, graphs
 
     card = Card()
     card.install()
@@ -119,25 +132,28 @@ def measure(shape: str, repeats: int) -> list[Row]:
         torch.inference_mode(),
         mock.patch.multiple(choose, _wing=wing),
         mock.patch.multiple(gpu, _succeeds=lambda *_: True),
+        mock.patch.multiple(graphs, _Device=NoDevice, _can_capture=lambda device: True),
         mock.patch.dict(gpu.TWINS, {"linear": linear}),
     ):
-        for what in LENGTHS:
-            batch = ml.pack(texts[what], "meta")
+        runs: dict[str, Callable[[ml.PackedBatch], object]] = {"": model, ", replayed": ml.Graphed(model)}
+        for (what, lengths), (how, forward) in product(texts.items(), runs.items()):
+            batch = ml.pack(lengths, "meta")
 
-            def run(batch: ml.PackedBatch = batch) -> None:
+            def run(batch: ml.PackedBatch = batch, forward: Callable[[ml.PackedBatch], object] = forward) -> None:
                 batch.cache.clear()  # what ops keep in a batch is part of the work
                 card.calls.clear()
-                model(batch)
+                forward(batch)
 
             least, median = times(run, repeats)
-            rows.append({"what": what, "ms": f"{least:.3f}", "median_ms": f"{median:.3f}"})
+            rows.append({"what": what + how, "ms": f"{least:.3f}", "median_ms": f"{median:.3f}"})
             rows[-1]["launches"] = str(len(card.calls))
     ids = [text.tolist() for text in texts["forward"]]
     least, median = times(lambda: ml.pack(ids), repeats)
     rows.append({"what": "pack", "ms": f"{least:.3f}", "median_ms": f"{median:.3f}", "launches": "0"})
     where = records.environment("modernbert-lite", "torch", "triton", "numpy")
     return [
-        {"shape": shape, "tokens": str(sum(LENGTHS.get(row["what"], LENGTHS["forward"])))} | row | where for row in rows
+        {"shape": shape, "tokens": str(sum(LENGTHS["query" if "query" in row["what"] else "forward"]))} | row | where
+        for row in rows
     ]
 
 
@@ -151,7 +167,7 @@ def missed(rows: list[Row]) -> list[str]:
 
 
 def line(row: Row) -> str:
-    tokens = f"{row['what']:8} {row['tokens']:>6} tokens"
+    tokens = f"{row['what']:17} {row['tokens']:>6} tokens"
     return f"{tokens} {row['ms']:>7} ms, median {row['median_ms']}, {row['launches']} launches"
 
 

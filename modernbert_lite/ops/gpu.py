@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -253,13 +254,15 @@ def tile_table(batch: PackedBatch, block: int) -> Tensor:
     return batch.cache[key]
 
 
-def padded_tile_table(seqlens: Sequence[int], block: int, tokens: int) -> Tensor:
-    """(n, 4), on the host: the tiles of the sequences, then those of the tokens up to `tokens` that belong to no
-    sequence. They see no key and become zeros."""
+def fill_tiles(table: np.ndarray, seqlens: Sequence[int], block: int, tokens: int) -> None:
+    """Writes to a table (n, 4) on the host: the tiles of the sequences, then those of the tokens up to `tokens` that
+    belong to no sequence, which see no key and become zeros, then empty ones."""
     from ..kernels import attention as kernel
 
-    rest = [(row, tokens, 0, 0) for row in range(sum(seqlens), tokens, block)]
-    return torch.cat([kernel.tiles(seqlens, block), torch.tensor(rest, dtype=torch.int32).view(-1, 4)])
+    own, rest = kernel.tiles(seqlens, block).numpy(), range(sum(seqlens), tokens, block)
+    table[: len(own)] = own
+    table[len(own) :] = 0
+    table[len(own) :][: len(rest), :2] = [(row, tokens) for row in rest] or 0
 
 
 def has_varlen_attn(qkv: Tensor) -> bool:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +26,8 @@ from . import gpu
 from .choose import backend
 from .tracing import wants_gradient
 
-MAX_TOKENS = 16_384
-MAX_GRAPHS = 64
+MAX_TOKENS = 32_768
+MAX_GRAPHS = 96
 _SWITCH = "MODERNBERT_LITE_CUDA_GRAPHS"
 
 _capturing = threading.Lock()
@@ -193,6 +194,7 @@ class _Device:
         self.device = device
         with torch.cuda.device(device):
             self.stream, self.pool, self.done = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.Event()
+        self.room = torch.empty(0, dtype=torch.uint8, device=device)
 
     def wait(self) -> None:
         """Waits for the graph that ran last, on whichever stream: graphs share memory."""
@@ -204,6 +206,13 @@ class _Device:
     def synchronize(self) -> None:
         self.done.synchronize()
 
+    def room_for(self, result: Tensor) -> Tensor:
+        """Memory for a graph's result. All graphs share it, because a result is copied out of it at once: one each
+        would be 50 MB each. Outgrown, it stays with the graphs that have it."""
+        if self.room.numel() < result.nbytes:
+            self.room = torch.empty(1 << (result.nbytes - 1).bit_length(), dtype=torch.uint8, device=self.device)
+        return self.room[: result.nbytes].view(result.dtype).view(result.shape)
+
     def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Returns a function that replays `run`, and the tensor that each replay fills."""
         graph = torch.cuda.CUDAGraph()
@@ -213,10 +222,10 @@ class _Device:
         with _capturing, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                for _ in range(2):  # compiles kernels, makes tables and workspaces: none of that may be in a capture
-                    run()
+                # This compiles kernels, and makes tables and workspaces: none of that may be in a capture.
+                output = self.room_for(run())
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                    output = run()
+                    output.copy_(run())
             torch.cuda.current_stream().wait_stream(self.stream)
         return graph.replay, output
 
@@ -231,14 +240,17 @@ class _Graph:
         self.device, self.blocks = device, gpu.blocks(longest, weight.dtype)
         self.names = ["input_ids", "position_ids"] + ["token_type_ids"] * (like.token_type_ids is not None)
         # In this order each begins at a multiple of 16 bytes: Triton compiles for aligned addresses.
-        self.shapes: dict[Any, tuple[Any, ...]] = dict.fromkeys(self.names, (torch.int64, tokens))
+        shapes: dict[Any, tuple[Any, ...]] = dict.fromkeys(self.names, ("int64", tokens))
         for block in self.blocks:
-            self.shapes["tiles", block] = torch.int32, tokens // block + sequences + 1, 4
-        self.shapes["cu_seqlens"] = torch.int32, sequences + 1
-        self.sizes = [dtype.itemsize * math.prod(shape) for dtype, *shape in self.shapes.values()]
+            shapes["tiles", block] = "int32", tokens // block + sequences + 1, 4
+        shapes["cu_seqlens"] = "int32", sequences + 1
+        self.places, size = [], 0  # of each part: its name, its bytes in the buffer, its dtype and shape
+        for name, (dtype, *shape) in shapes.items():
+            bytes_ = math.prod(shape) * (8 if dtype == "int64" else 4)
+            self.places.append((name, slice(size, size := size + bytes_), dtype, shape))
         with torch.inference_mode(False):  # written to later, in or out of inference mode
-            self.buffer = torch.zeros(sum(self.sizes), dtype=torch.uint8, device=like.input_ids.device)
-        parts = self._parts(self.buffer)
+            self.buffer = torch.zeros(size, dtype=torch.uint8, device=like.input_ids.device)
+        parts = self._parts(self.buffer, torch)
         tables = {("tiles", block): parts.pop(("tiles", block)) for block in self.blocks}
         self.batch = PackedBatch(**parts, max_seqlen=longest, seqlens=(), max_id=0)
         self.batch.cache.update(tables)
@@ -256,23 +268,23 @@ class _Graph:
         self.device.leave()
         return result
 
-    def _parts(self, buffer: Tensor) -> dict[Any, Any]:
-        parts = zip(self.shapes.items(), buffer.split(self.sizes), strict=True)
-        return {name: part.view(dtype).view(shape) for (name, (dtype, *shape)), part in parts}
+    def _parts(self, buffer: Any, library: Any) -> dict[Any, Any]:
+        """Views of the buffer, a tensor of torch or an array of numpy."""
+        return {name: buffer[at].view(getattr(library, kind)).reshape(shape) for name, at, kind, shape in self.places}
 
     def _fill(self, batch: PackedBatch) -> None:
         """A new pinned buffer each time: the copy before may not have read its own yet. The tail of ids and positions
-        is 0, which is valid, and its tokens belong to no sequence."""
+        is 0, which is valid, and its tokens belong to no sequence. By numpy, whose views cost less than torch's."""
         host, T, B = batch.on_host, len(batch.input_ids), len(batch.seqlens)
-        staged = torch.zeros(len(self.buffer), dtype=torch.uint8, device="cpu", pin_memory=self.buffer.is_cuda)
-        parts = self._parts(staged)
+        staged = torch.empty(len(self.buffer), dtype=torch.uint8, device="cpu", pin_memory=self.buffer.is_cuda)
+        parts = self._parts(staged.numpy(), np)
         for name in self.names:
-            parts[name][:T] = getattr(host, name)
-        parts["cu_seqlens"][: B + 1] = host.cu_seqlens
+            parts[name][:T] = getattr(host, name).numpy()
+            parts[name][T:] = 0
+        parts["cu_seqlens"][: B + 1] = host.cu_seqlens.numpy()
         parts["cu_seqlens"][B + 1 :] = T
         for block in self.blocks:
-            tiles = gpu.padded_tile_table(batch.seqlens, block, len(self.batch.input_ids))
-            parts["tiles", block][: len(tiles)] = tiles  # those after them are empty
+            gpu.fill_tiles(parts["tiles", block], batch.seqlens, block, len(parts["input_ids"]))
         self.buffer.copy_(staged, non_blocking=True)
 
 

@@ -22,8 +22,10 @@ from .tokenizer import FirstCut, Text, Tokenizer
 
 # Texts are read, sorted and embedded a window at a time. This bounds memory, however long the input is.
 _WINDOW_TEXTS, _WINDOW_CHARACTERS = 4_096, 1 << 20
-# A window is tokenized in pieces of this size. While the network computes one piece, the next is tokenized.
+# A window is tokenized in pieces of this size. While the network computes one piece, the next is tokenized. A GPU's
+# batch takes two or three pieces, so more of them are made ahead: else each batch waits for its last one.
 _PIECE_CHARACTERS = 1 << 16
+_GPU_PIECES_AHEAD = 6
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -154,7 +156,8 @@ class Feeder:
         jobs = ((window, piece) for window in stretch for piece in window.pieces)
         waiting: dict[int, tuple[list[int], list[int]]] = {}
         cut = 0
-        with closing(_one_ahead(encode, jobs)) as encoded:
+        ahead = _GPU_PIECES_AHEAD if looks_ahead(feed.device) else 1
+        with closing(_ahead(encode, jobs, ahead)) as encoded:
             for (window, piece), (found, more) in encoded:
                 waiting.update(zip(piece, found, strict=True))
                 cut += more
@@ -232,9 +235,9 @@ def looks_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _one_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Generator[tuple[Item, Result]]:
-    """Yields each item and function(item). While the caller works on one, a thread makes the next. Closing ends the
-    thread. Items are read here, one ahead. If that fails, what was read before comes first.
+def _ahead(function: Callable[[Item], Result], items: Iterable[Item], most: int) -> Generator[tuple[Item, Result]]:
+    """Yields each item and function(item). While the caller works on one, a thread makes the next, up to `most` of
+    them. Closing ends the thread. Items are read here, `most` ahead. If that fails, what was read before comes first.
 
     It is a plain thread: a pool of threads takes no more work once the main thread has ended."""
     asked: SimpleQueue[Item | None] = SimpleQueue()
@@ -257,22 +260,25 @@ def _one_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Gen
             raise result
         return result
 
-    thread, waiting = threading.Thread(target=work, name="modernbert-lite: tokenizing"), False
+    thread, waiting = threading.Thread(target=work, name="modernbert-lite: tokenizing"), 0
+    failed: BaseException | None = None
     try:
         for item in _kept_errors(items):
             if isinstance(item, _Failed):
-                if waiting:
-                    yield take()
-                raise item.error
+                failed = item.error
+                break
             if waiting and thread.ident is None:  # a single item needs no thread
                 with suppress(RuntimeError):  # none can be started: the interpreter ends, or the system has a limit
                     thread.start()
             (make if thread.ident is None else asked.put)(item)
-            if waiting:
+            waiting += 1
+            if waiting > most:
                 yield take()
-            waiting = True
-        if waiting:
+                waiting -= 1
+        for _ in range(waiting):
             yield take()
+        if failed:
+            raise failed
     finally:
         stopped.set()
         if thread.ident is not None:

@@ -34,7 +34,9 @@ def test_all_of_it_in_real_time(bench, tmp_path):
     rows = bench.records.read_csv(tmp_path / "host.csv")
     assert [(row["what"], row["tokens"], row["launches"]) for row in rows] == [
         ("forward", "16384", "16"),
+        ("forward, replayed", "16384", "0"),
         ("query", "20", "16"),
+        ("query, replayed", "20", "0"),
         ("pack", "16384", "0"),
     ]
     for row in rows:

@@ -1,9 +1,8 @@
 """CUDA graphs: buckets, padding and replay. Without a GPU a capture is stood in for by one that runs the same function
-on the same static batch again, with Triton's kernels interpreted; the tests marked gpu capture for real."""
+on the same static batch again, with Triton's kernels interpreted. test_gpu_graphs.py captures for real."""
 
 import copy
 import gc
-import os
 import pickle
 import threading
 import weakref
@@ -11,84 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from graph_cases import DEVICE, batch_of, captures, difference, small_model  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import modernbert_lite as ml
 from modernbert_lite.models.gte import Gte
-from modernbert_lite.models.modernbert import ModernBert
-from modernbert_lite.ops import gpu, graphs, pooling
+from modernbert_lite.ops import graphs, pooling
 from modernbert_lite.ops.rope import Rope
-
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
-
-
-class StandIn:
-    """graphs._Device without a GPU: a replay runs the function on the static batch again."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def wait(self):
-        pass
-
-    leave = synchronize = wait
-
-    def capture(self, run):
-        output = run()
-        return lambda: output.copy_(run()), output
-
-
-@pytest.fixture
-def captures(monkeypatch):
-    """Counts captures; on the CPU it also replaces them."""
-    made = []
-    if INTERPRETED:
-        monkeypatch.setattr(graphs, "_Device", StandIn)
-    real = graphs._Device.capture
-
-    def capture(self, run):
-        made.append(self)
-        return real(self, run)
-
-    monkeypatch.setattr(graphs._Device, "capture", capture)
-    if INTERPRETED:
-        monkeypatch.setattr(graphs, "_can_capture", lambda device: True)
-        monkeypatch.setenv("MODERNBERT_LITE_BACKEND", "triton")
-        # Padding is a matter of attention's tiles alone: the other kernels would only cost the interpreter's time.
-        kept = {name: gpu.TWINS[name] for name in ("attention", "row_attention")}
-        monkeypatch.setattr(gpu, "TWINS", kept)
-        monkeypatch.setattr(gpu, "TRITON", tuple(kept))
-    return made
-
-
-def small_model(layers: int = 3, seed: int = 0, heads: int = 1) -> ModernBert:
-    torch.manual_seed(seed)
-    config = ml.ModernBertConfig(
-        vocab_size=200,
-        hidden_size=32 * heads,
-        intermediate_size=48,
-        num_attention_heads=heads,
-        layer_types=tuple("full_attention" if i % 2 == 0 else "sliding_attention" for i in range(layers)),
-    )
-    model = ModernBert(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.to(DEVICE).eval().requires_grad_(False)
-
-
-def batch_of(*lengths: int, seed: int = 0) -> ml.PackedBatch:
-    generator = torch.Generator().manual_seed(seed + sum(lengths))
-    return ml.pack([torch.randint(0, 200, (n,), generator=generator) for n in lengths], DEVICE)
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    assert a.dtype == b.dtype
-    return float((a - b).abs().max())
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 3, 5, 8, 33, 64, 100])
@@ -423,77 +351,3 @@ def test_a_batch_on_another_device_is_left_to_the_network(captures, monkeypatch)
         graphed(batch)
     assert left == [(batch,)] * 3
     assert captures == []
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device and TRITON_INTERPRET=0")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_replays_on_a_gpu_equal_eager(captures, dtype):
-    """Every bucket that 300 random batches fall into. cuBLAS may take another kernel for a bucket's shape, so the
-    results may differ in rounding: by no more than twice what the dtype differs from fp32."""
-    exact = small_model(6)
-    model = small_model(6).to(dtype)
-    graphed = graphs.Graphed(model)
-    generator = torch.Generator().manual_seed(0)
-    for turn in range(200):
-        count = int(torch.randint(1, 9, (1,), generator=generator))
-        lengths = torch.randint(1, 200, (count,), generator=generator).tolist()
-        batch = batch_of(*lengths, seed=turn)
-        truth = exact(batch)
-        bound = 2 * (model(batch).float() - truth).abs().max() + 1e-6
-        assert (graphed(batch).float() - truth).abs().max() <= bound
-    assert captures
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device and TRITON_INTERPRET=0")
-def test_graphs_share_their_memory_on_a_gpu(captures):
-    """Thirty graphs take little more than the largest one."""
-    model = small_model(6)
-    graphed = graphs.Graphed(model)
-    for _ in range(2):
-        graphed(batch_of(4000))
-    torch.cuda.synchronize()
-    one = torch.cuda.memory_reserved()
-    for length in range(100, 4000, 130):
-        for _ in range(2):
-            graphed(batch_of(length))
-    torch.cuda.synchronize()
-    assert len(captures) > 10
-    assert torch.cuda.memory_reserved() <= one + (256 << 20)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device and TRITON_INTERPRET=0")
-def test_two_streams_on_a_gpu(captures):
-    """Replays of two graphs share memory; on two streams they must still not overlap."""
-    model = small_model(6)
-    graphed = graphs.Graphed(model)
-    batches = {n: batch_of(n) for n in (100, 2000)}
-    expected = {n: model(batch) for n, batch in batches.items()}
-    for batch in batches.values():
-        for _ in range(2):
-            graphed(batch)
-    torch.cuda.synchronize()
-    streams = {n: torch.cuda.Stream() for n in batches}
-    got = []
-    for _ in range(50):
-        for n, batch in batches.items():
-            with torch.cuda.stream(streams[n]):
-                got.append((n, graphed(batch)))
-    torch.cuda.synchronize()
-    for n, result in got:
-        assert difference(result, expected[n]) <= 1e-3
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device and TRITON_INTERPRET=0")
-def test_a_batch_comes_back_from_a_gpu_whole():
-    """`to("cpu")` waits for what the device still does to the batch."""
-    ids = torch.zeros(1 << 20, dtype=torch.int64, device="cuda")
-    batch = ml.PackedBatch(
-        ids, torch.tensor([0, 1 << 20], dtype=torch.int32, device="cuda"), 1 << 20, ids, (1 << 20,), 7
-    )
-    torch.cuda._sleep(50_000_000)
-    ids.fill_(7)
-    assert (batch.to("cpu").input_ids == 7).all()

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -116,6 +117,33 @@ def test_the_next_piece_is_tokenized_while_one_is_computed(model, small, monkeyp
     assert not any(alone)
     assert len(callers) == len(pieces)
     assert threading.current_thread() not in callers[1:]  # nothing could go on beside the first piece
+
+
+@pytest.mark.parametrize(("ahead", "on_a_card"), [(1, False), (pipeline._GPU_PIECES_AHEAD, True)])
+def test_a_card_has_several_pieces_ahead_and_a_cpu_one(model, small, monkeypatch, ahead, on_a_card):
+    """When the first batch is computed, its own piece and as many more have been handed to the tokenizer, no more."""
+    monkeypatch.setattr(pipeline, "looks_ahead", lambda device: on_a_card)
+    monkeypatch.setattr(pipeline, "_WINDOW_TEXTS", len(TEXTS))
+    pieces = pipeline._pieces(TEXTS)
+    assert len(pieces) > ahead + 2
+    assert len(pieces[0]) > 1  # so that it alone gives a batch
+    network, done = model.forward, []
+    callers = watch(monkeypatch, model)
+
+    def forward(batch, *rest):
+        if not done:
+            deadline = time.monotonic() + WAIT
+            while len(callers) < ahead + 1 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.05)  # for one too many
+            done.append(len(callers))
+        return network(batch, *rest)
+
+    monkeypatch.setattr(model, "forward", forward)
+    model.batch_tokens = 1
+    model.encode(TEXTS)
+    assert done == [ahead + 1]
+    assert len(callers) == len(pieces)
 
 
 def test_a_small_input_needs_no_other_thread(model, monkeypatch):

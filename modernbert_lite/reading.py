@@ -31,7 +31,7 @@ _KINDS = {
 }
 
 # What options may be, told once: the classes check it, and the shell shows it before anything heavy is imported.
-DTYPES = ("float32", "float16", "bfloat16", "int8")
+DTYPES = ("float32", "float16", "bfloat16", "int8", "float8")
 ON_LONG = ("truncate", "error")
 PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
 INPUT_FORMATS, OUTPUT_FORMATS = ("txt", "jsonl", "csv", "tsv", "json"), ("jsonl", "npy", "npz")

@@ -10,6 +10,8 @@ from torch import nn
 
 from ..models.fields import Config
 from ..models.registry import network_class, read_config, use
+from ..ops.gpu import has_float8
+from ..ops.linear import FLOAT8
 from ..ops.threads import set_threads
 from ..reading import DTYPES, CheckpointError, OptionError
 from .folder import Folder
@@ -103,11 +105,13 @@ def load_model(
 
     device: default CUDA if there is one, else the CPU. dtype: default float32 on the CPU, bfloat16 on CUDA (float16 if
     the card has no bfloat16). "int8", on the CPU only, holds the layers' weights in 8 bits with a scale per row, and
-    the rest in float32.
+    the rest in float32. "float8", on NVIDIA's cards from Ada and Hopper on, holds the weights of the two wide products
+    of each layer in 8-bit floats (e4m3) with a scale per row, and the rest in bfloat16. Its numbers are not bfloat16's:
+    see docs/gpu.md. On the CPU it shows, slowly, what those numbers are.
 
     packed: on the CPU, linear weights are held only in the layout that the CPU's matrix products use
     (ops.linear.PackedLinear), and the embedding table as the file stores it. False keeps plain tensors of one dtype,
-    for torch.compile, torch.export or an optimizer (after `requires_grad_(True)`); int8 is always packed.
+    for torch.compile, torch.export or an optimizer (after `requires_grad_(True)`); 8 bits are always packed.
 
     Raises CheckpointError for a checkpoint that is missing, damaged or unsupported.
     """
@@ -144,15 +148,18 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """`dtype`; by default what suits the device. int8 is for the CPU only. Raises OptionError for an unknown dtype."""
+    """`dtype`; by default what suits the device. Raises OptionError for an unknown dtype, and for one that the device
+    doesn't have: int8 is for the CPU only."""
     if dtype is None:
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    known = {name: getattr(torch, name) for name in DTYPES}
+    known = {name: FLOAT8 if name == "float8" else getattr(torch, name) for name in DTYPES}
     picked = known.get(dtype) if isinstance(dtype, str) else dtype
     if picked is None or picked not in known.values():
         raise OptionError(f"dtype is {dtype!r}; it must be one of {', '.join(known)}")
     if picked == torch.int8 and device.type != "cpu":
         raise OptionError(f"dtype 'int8' is for the CPU, and the device is {str(device)!r}: use bfloat16 or float16")
+    if picked == FLOAT8 and device.type != "cpu" and not has_float8(device):
+        raise OptionError("dtype 'float8' needs an NVIDIA card from Ada or Hopper on: use bfloat16 or float16")
     return picked

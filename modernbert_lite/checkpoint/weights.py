@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..models.fields import Config
 from ..ops.choose import FLOATS
-from ..ops.linear import Linear, pack, packs
+from ..ops.linear import FLOAT8, Linear, pack, packs
 from ..ops.threads import survive_forks
 from ..reading import CheckpointError, OptionError, printable, shown, warn
 from .folder import Folder, open_safetensors
@@ -52,22 +52,28 @@ def load_weights(
         why = advice(files, model)
         raise CheckpointError(f"{folder.network} doesn't fit its config.json{why}: {'; '.join(problems[:12])}{more}")
 
-    if dtype == torch.int8 and not packed:
-        raise OptionError("dtype 'int8' is for inference: with packed=False use float32, bfloat16 or float16")
-    int8, dtype = dtype == torch.int8, torch.float32 if dtype == torch.int8 else dtype
+    eight = dtype if dtype in (torch.int8, FLOAT8) else None
+    if eight:
+        if not packed:
+            name = "int8" if eight == torch.int8 else "float8"
+            raise OptionError(f"dtype {name!r} is for inference: with packed=False use float32, bfloat16 or float16")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     linears = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
     packing = packed and packs(device, dtype)
     # One buffer for all tensors that are packed. A buffer per tensor would leave holes that are too small for the next.
     buffer = torch.empty(
-        max(math.prod(expected[name]) for name in linears) if packing or int8 else 0, dtype=dtype, device="cpu"
+        max(math.prod(expected[name]) for name in linears) if packing or eight else 0, dtype=dtype, device="cpu"
     )
     state = {}
     for name, sources in found.items():
-        small = int8 and ".layer" in f".{name}"  # of the encoder's layers; a head's are few
+        # The encoder's layers; a head's are few. In float8 only those that widen: the others end in an addition, which
+        # a product in 16 bits does by itself (bench/LOG.md).
+        rows, width = expected[name] if name in linears else (0, 0)
+        small = ".layer" in f".{name}" and (eight != FLOAT8 or (rows > width and rows % 16 == width % 16 == 0))
         if name.endswith(_TABLES) and device.type == "cpu" and packed and not tied:
-            state[name] = _read_table(*sources[0], dtype, int8)
-        elif name in linears and (packing or small):
-            pack(linears[name], _read(sources, device, dtype, buffer), int8=small)
+            state[name] = _read_table(*sources[0], dtype, eight is not None)
+        elif name in linears and (packing or (eight and small)):
+            pack(linears[name], _read(sources, device, dtype, buffer), eight if small else None)
         else:
             state[name] = _read(sources, device, dtype)
     if tied and not torch.equal(state.setdefault(tied[0], state[tied[1]]), state[tied[1]]):

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..reading import OptionError, warn
 from .tracing import constant
 
 P = ParamSpec("P")
+R = TypeVar("R")
 Twins = Mapping[str, Callable[..., Any]]
 
 OPS = ("linear", "layer_norm", "rope", "attention", "geglu", "mean_pool")
@@ -25,14 +26,14 @@ _used: tuple[Twins, ...] = ()
 _loaded: dict[str, Twins] = {}
 
 
-def op(reference: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def op(reference: Callable[P, R]) -> Callable[P, R]:
     """Makes a plain function an operation. A call asks the twins of the same name first: those of `using`, then the one
     in cpu.py or gpu.py. A twin has the same signature, and returns None for what it doesn't do. The plain function is
     the specification, the fallback, and (as `.reference`) the tests' oracle."""
     name = reference.__name__
 
     @functools.wraps(reference)
-    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         for twins in _used:
             if name in twins and (y := twins[name](*args, **kwargs)) is not None:
                 return y

@@ -73,6 +73,11 @@ def has_matrix_units(device: torch.device) -> bool:
     return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether the card multiplies 8-bit floats: NVIDIA's from Ada and Hopper on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @constant
 def attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the attention kernel pays, and runs: a card may have too little shared memory for heads of this size."""
@@ -109,6 +114,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     if torch.is_autocast_enabled() or wants_gradient(x, weight, residual):
         return None
     return residual.addmm_(x, weight.t())
+
+
+def to_float8(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    if not _fits_a_program(x) or not works(x.device):
+        return None
+    from ..kernels import float8 as kernel
+
+    return kernel.quantize(x, check=_vast(x))
 
 
 def geglu(x: Tensor, act: str, swapped: bool = False) -> Tensor | None:
@@ -224,6 +237,7 @@ def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor | None:
 
 TWINS: Twins = {
     "linear": linear,
+    "to_float8": to_float8,
     "geglu": geglu,
     "layer_norm": layer_norm,
     "rope": rope,

@@ -87,6 +87,7 @@ class Graphed:
         self.forward: Forward = network if forward is None else forward
         self.max_tokens, self.max_graphs = max_tokens, max_graphs
         # Walking the modules takes longer than a small forward pass, so it is done once.
+        self._packed = [vars(module) for module in network.modules() if "_packed" in vars(module)]
         self._weights: list[tuple[Any, str]] = [
             (module._parameters, name)
             for module in network.modules()
@@ -112,7 +113,8 @@ class Graphed:
         if mark == self._mark:
             return False
         self._mark, before = mark, self._addresses
-        self._addresses = tuple((weight.data_ptr(), weight.dtype) for weight in self._tensors())
+        still_packed = ("_packed" in layer for layer in self._packed)  # to be unpacked gives a layer a parameter
+        self._addresses = (*((weight.data_ptr(), weight.dtype) for weight in self._tensors()), *still_packed)
         return self._addresses != before
 
     def _start_anew(self) -> None:

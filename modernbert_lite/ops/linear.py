@@ -1,18 +1,20 @@
-"""The linear layer, and the two forms in which inference on a CPU holds its weight."""
+"""The linear layer, and the forms in which inference holds its weight: two on a CPU, one on a card."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import onednn
-from .choose import backend_for, wanted
-from .reference import ACTIVATIONS, geglu, layer_norm, linear
+from .choose import BACKENDS, backend_for, wanted
+from .reference import ACTIVATIONS, geglu, layer_norm, linear, to_float8
 from .tracing import wants_gradient
+
+FLOAT8 = torch.float8_e4m3fn
 
 
 class Linear(nn.Linear):
@@ -53,7 +55,8 @@ class PackedLinear(Linear):
     is packed. Gradients reach x and the bias, never the weight: `requires_grad_` is a TypeError.
     """
 
-    _packed: Any  # of onednn.pack, or onednn.quantize; nothing writes to it
+    _packed: Any  # of onednn.pack, or onednn.quantize, or Float8; nothing writes to it
+    _backends: tuple[str, ...] = ("auto", "onednn")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,7 +69,7 @@ class PackedLinear(Linear):
 
     def _fits(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether oneDNN computes the product: in inference, unless another backend is asked for."""
-        if wanted() not in ("auto", "onednn"):
+        if wanted() not in self._backends:
             return False
         if torch.compiler.is_compiling():  # without fullgraph=True torch then runs this layer uncompiled
             raise RuntimeError("packed weights can't be compiled: load the network with packed=False")
@@ -100,8 +103,9 @@ class PackedLinear(Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         """Called by `to`, `half` and `cuda`. It stays packed if they don't change the weight's device or dtype."""
-        result = fn(torch.empty(0, dtype=self.dtype))
-        if (result.device.type, result.dtype) != ("cpu", self.dtype):
+        before = torch.empty(0, dtype=self.dtype, device=self._packed[0].device)
+        after = fn(before)
+        if (after.device, after.dtype) != (before.device, before.dtype):
             self.unpack()
         return Linear._apply(self, fn, recurse)
 
@@ -165,17 +169,72 @@ class Int8Linear(PackedLinear):
         return onednn.gated_int8(x, self._packed, self.bias, ACTIVATIONS[act], swapped)
 
 
-def pack(layer: Linear, weight: Tensor | None = None, int8: bool = False) -> None:
-    """Holds a layer's weight (or `weight` in its place) in the form that suits inference on this CPU, and frees the
-    original. That is oneDNN's layout where it pays, and with int8=True 8 bits on any CPU."""
+class Float8(NamedTuple):
+    """A weight (M, K) in 8-bit floats, and the dtype of the rows that it is multiplied with."""
+
+    numbers: Tensor  # (M, K) float8_e4m3fn
+    scale: Tensor  # (M, 1) fp32
+    dtype: torch.dtype
+
+
+class Float8Linear(PackedLinear):
+    """A PackedLinear in 8-bit floats, on a card. Weight and x have a scale per row. On the CPU the same numbers are
+    multiplied in fp32: slowly, to see what they cost in accuracy."""
+
+    _backends = BACKENDS
+    gated, normed = Linear.gated, Linear.normed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._packed.dtype
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """(M, K), made for each call."""
+        return (self._packed.numbers.float() * self._packed.scale).to(self.dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not self._fits(x, residual):
+            return linear(x, self.weight, self.bias, residual)
+        y = self.part(x, slice(None))
+        return y if residual is None else residual + y
+
+    def part(self, x: Tensor, rows: slice) -> Tensor:
+        if not self._fits(x):
+            return super().part(x, rows)
+        bias = None if self.bias is None else self.bias[rows]
+        numbers, scale = self._packed.numbers[rows].t(), self._packed.scale[rows].t()
+        return (_scaled if x.is_cuda else _scaled_in_fp32)(*to_float8(x), numbers, scale, bias, x.dtype)
+
+
+def _scaled(x: Tensor, of_x: Tensor, y: Tensor, of_y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x (T, K) and y (K, M) float8, their scales (T, 1) and (1, M) -> the product (T, M)."""
+    return torch._scaled_mm(x, y, of_x, of_y, bias, out_dtype=dtype)
+
+
+def _scaled_in_fp32(
+    x: Tensor, of_x: Tensor, y: Tensor, of_y: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    product = x.float() @ y.float() * of_x * of_y
+    return (product if bias is None else product + bias).to(dtype)
+
+
+def pack(layer: Linear, weight: Tensor | None = None, eight: torch.dtype | None = None) -> None:
+    """Holds a layer's weight (or `weight` in its place) in the form that suits inference, and frees the original. That
+    is oneDNN's layout on a CPU where it pays; with eight=torch.int8 8 bits on any CPU; with FLOAT8 8-bit floats."""
     weight = layer.weight if weight is None else weight
-    if not int8 and not packs(weight.device, weight.dtype):
+    if eight is None and not packs(weight.device, weight.dtype):
         layer.weight = nn.Parameter(weight, requires_grad=False)
         return
-    packed = onednn.quantize(weight) if int8 else onednn.pack(weight, layer.parts)
+    packed: Any
+    if eight == FLOAT8:
+        packed, layer.__class__ = Float8(*to_float8(weight.detach()), weight.dtype), Float8Linear
+    elif eight:
+        packed, layer.__class__ = onednn.quantize(weight), Int8Linear
+    else:
+        packed, layer.__class__ = onednn.pack(weight, layer.parts), PackedLinear
     del layer.weight
-    layer.__class__ = Int8Linear if int8 else PackedLinear
-    layer._packed = packed  # type: ignore[assignment]
+    layer._packed = packed
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:

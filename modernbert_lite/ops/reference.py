@@ -52,6 +52,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
 
 @op
+def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (T, K) -> numbers (T, K) e4m3 and scale (T, 1) fp32, whose product is about x. A row's largest number becomes
+    448, the largest of e4m3."""
+    scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 448
+    return (x.float() * scale.reciprocal()).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+@op
 def geglu(x: Tensor, act: str, swapped: bool = False) -> Tensor:
     """x (T, 2N) -> act(first half) * second half (T, N): arXiv 2002.05202, as ModernBERT has it. swapped: GTE's form,
     first half * act(second half)."""

@@ -18,7 +18,7 @@ OWN, ENTER = 9, 7  # a launch's own arguments begin here; the hook that is calle
 def _calls() -> dict[str, Any]:
     """name -> what the parent tests."""
     from bench.bench_host import Card
-    from modernbert_lite.kernels import attention, geglu, layer_norm, pooling, rope
+    from modernbert_lite.kernels import attention, float8, geglu, layer_norm, pooling, rope
     from modernbert_lite.kernels import launch as launching
 
     triton = launching.triton
@@ -52,6 +52,7 @@ def _calls() -> dict[str, Any]:
         "layer_norm_backward": lambda: layer_norm.layer_norm_backward(x, x, w),
         "geglu": lambda: geglu.geglu(*h.chunk(2, 1), "silu"),
         "geglu_backward": lambda: geglu.geglu_backward(x, x, x),
+        "quantize": lambda: float8.quantize(x),
         "rope": lambda: rope.rope_(qkv, cos, cos, places, heads=6),
         "pool": lambda: pooling.pool(x, ends),
         "attention": lambda: attention.attention(qkv, ends, (3, 3), heads=3, tile_table=table, block=64),

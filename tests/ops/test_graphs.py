@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import modernbert_lite as ml
 from modernbert_lite.models.gte import Gte
-from modernbert_lite.ops import graphs, pooling
+from modernbert_lite.ops import graphs, linear, pooling
 from modernbert_lite.ops.rope import Rope
 
 
@@ -206,6 +206,22 @@ def test_weights_may_change(captures):
     for _ in range(2):
         assert difference(graphed(batch), model(batch)) <= 1e-5
     assert len(captures) >= 2
+
+
+def test_packed_weights_may_be_unpacked(captures):
+    """The graph would read memory that nobody holds any more."""
+    model = small_model(1)
+    packed = model.layers[0].mlp.Wi
+    linear.pack(packed, eight=linear.FLOAT8)
+    graphed = graphs.Graphed(model)
+    for _ in range(3):
+        graphed(batch_of(20))
+    assert len(captures) == 1
+    packed.unpack()
+    packed.weight.mul_(2.0)
+    for _ in range(2):
+        assert difference(graphed(batch_of(20)), model(batch_of(20))) <= 1e-5
+    assert len(captures) == 2
 
 
 def test_a_replay_walks_over_no_weights_and_other_modules_drop_no_graph(captures, monkeypatch):

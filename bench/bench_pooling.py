@@ -1,4 +1,4 @@
-"""Pooling over sequences, alone and with the final norm before it and unit length after it: GB/s beside a large copy's.
+"""The mean of each sequence: GB/s beside a large copy's.
 
 python -m bench.bench_pooling [--out DIR] [--tokens 1024 8192 ...] [--check] [--smoke]
 """
@@ -12,63 +12,53 @@ from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.bench_attention import ragged
 from bench.runner import Case, Options, Promise, compiled, kernel_main, packed, run_cases, split
 
 # Written only to be faster than torch.
-PROMISES = [Promise(f"base {kind}", 32768, "speedup", 1.0) for kind in ("mean", "mean norm unit")]
-LENGTH, EPS = 512, 1e-5
+PROMISES = [Promise("base mean", 32768, "speedup", 1.0)]
+LENGTH = 512
 
 
-def traffic(T: int, B: int, C: int, itemsize: int, mode: str) -> int:
-    """Every token (or a sequence's first) read, fp32 vectors written."""
-    return (T if mode == "mean" else B) * C * itemsize + B * C * 4
+def traffic(T: int, B: int, C: int, itemsize: int) -> int:
+    """Every token read, fp32 vectors written."""
+    return T * C * itemsize + B * C * 4
 
 
 def cases(options: Options) -> Iterator[Case]:
-    kinds = [("mean", False, LENGTH), ("mean", True, LENGTH), ("cls", True, LENGTH), ("mean", False, None)]
     for dtype, (name, shape) in product(options.torch_dtypes(), options.shapes("base", "large", "small").items()):
         for T in options.sizes(1024, 8192, 32768, 131072, smoke=77):
-            for mode, whole, length in kinds[: 3 if options.smoke else None]:
-                lengths = ragged(T) if length is None else split(T, 70 if options.smoke else length)
-                case = f"{name} {mode}{' norm unit' if whole else ''}{'' if length else ' ragged'}"
-                yield _case(case, lengths, shape.C, dtype, mode, whole, options)
+            yield _case(f"{name} mean", split(T, 70 if options.smoke else LENGTH), shape.C, dtype, options)
+            if not options.smoke:
+                yield _case(f"{name} mean ragged", ragged(T), shape.C, dtype, options)
 
 
-def _case(name: str, lengths: list[int], C: int, dtype: torch.dtype, mode: str, whole: bool, options: Options) -> Case:
-    """whole: the norm before it and unit length after it, too."""
+def _case(name: str, lengths: list[int], C: int, dtype: torch.dtype, options: Options) -> Case:
     from modernbert_lite.kernels import pooling as kernel
     from modernbert_lite.ops import pooling  # not before TRITON_INTERPRET is decided
 
     T, batch = sum(lengths), packed(lengths, options.device)
 
     def make() -> tuple[Tensor, ...]:
-        return tuple((torch.randn(s, device=options.device) + 0.5).to(dtype) for s in ((T, C), (C,)))
+        return ((torch.randn((T, C), device=options.device) + 0.5).to(dtype),)
 
-    def plain(x: Tensor, weight: Tensor) -> Tensor:
-        x = pooling.cls(x, batch) if mode == "cls" else x  # only these tokens need the norm
-        x = F.layer_norm(x, x.shape[-1:], weight, None, EPS) if whole else x
-        pooled = pooling.mean(x, batch) if mode == "mean" else x.float()
-        return F.normalize(pooled, dim=-1) if whole else pooled
+    def plain(x: Tensor) -> Tensor:
+        return pooling.mean(x, batch)
 
-    def ours(x: Tensor, weight: Tensor) -> Tensor:
-        norm = {"weight": weight, "eps": EPS, "normalize": True} if whole else {}
-        return kernel.pool(x, batch.cu_seqlens, mode, **norm, check=False)
+    def ours(x: Tensor) -> Tensor:
+        return kernel.pool(x, batch.cu_seqlens, check=False)
 
     providers = {"torch": plain, "triton": ours}
-    if options.compiles(name.split()[0]) and mode == "mean" and "ragged" not in name:
+    if options.compiles(name.split()[0]) and "ragged" not in name:
         providers["torch.compile"] = compiled(plain)
-    truth = functools.partial(exact, lengths=lengths, mode=mode, whole=whole)
-    return Case(name, T, dtype, make, truth, providers, traffic(T, len(lengths), C, dtype.itemsize, mode))
+    truth = functools.partial(exact, lengths=lengths)
+    return Case(name, T, dtype, make, truth, providers, traffic(T, len(lengths), C, dtype.itemsize))
 
 
-def exact(x: Tensor, weight: Tensor, lengths: Sequence[int], mode: str, whole: bool) -> Tensor:
-    x = F.layer_norm(x, x.shape[-1:], weight, None, EPS) if whole else x
-    parts = [part.mean(0) if mode == "mean" else part[0] for part in x.split(list(lengths))]
-    return F.normalize(torch.stack(parts), dim=-1) if whole else torch.stack(parts)
+def exact(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    return torch.stack([part.mean(0) for part in x.split(list(lengths))])
 
 
 def rows(options: Options) -> list[dict[str, Any]]:

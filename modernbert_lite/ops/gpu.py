@@ -231,8 +231,8 @@ def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor | None:
     from ..kernels import pooling as kernel
 
     if traced(x):
-        return kernel.pool_op(x, batch.cu_seqlens, "mean")
-    return kernel.pool(x, batch.cu_seqlens, "mean", check=False)
+        return kernel.pool_op(x, batch.cu_seqlens)
+    return kernel.pool(x, batch.cu_seqlens, check=False)
 
 
 TWINS: Twins = {

@@ -94,7 +94,7 @@ def test_rows_and_csv(bench, stopped_clock, op, tmp_path, capsys):
     from bench.records import read_csv
 
     where = ["--out", str(tmp_path), "--tokens", "40", "--dtype", "float32", "--no-compile"]
-    where += ["--cases", {"attention": "small 20", "pooling": "small cls"}.get(op, "small")]
+    where += ["--cases", {"attention": "small 20"}.get(op, "small")]
     assert bench(op).main(where) == 0
     rows = read_csv(tmp_path / f"{op}.csv")
     assert list(rows[0]) == [*stopped_clock.COLUMNS, "card", "torch"]
@@ -184,8 +184,7 @@ def test_flops_and_bytes_by_hand(bench):
     assert [norm(1, C, 2, add=True) for C in (768, 1024)] == [6144, 8192]
     assert norm(1, 768, 2, back=True) == 3 * 768 * 2
     assert norm(1, 768, 2, add=True, back=True) == 4 * 768 * 2
-    assert bench("pooling").traffic(10, 2, 768, 2, "mean") == 10 * 1536 + 2 * 3072
-    assert bench("pooling").traffic(10, 2, 768, 2, "cls") == 2 * 1536 + 2 * 3072
+    assert bench("pooling").traffic(10, 2, 768, 2) == 10 * 1536 + 2 * 3072
 
 
 def test_lengths(bench):

@@ -68,9 +68,9 @@ def _cases() -> list[Case]:
             cases += [add("rope", 64), add("geglu", 1152), add("geglu_backward", 1152)]
             for width in (384, 768, 1792) if main else (768,):
                 cases += [add(op, width) for op in ("layer_norm", "add_layer_norm", "layer_norm_backward")]
-            cases += [add("pool", 768, "mean"), add("pool", 768, "cls")]
+            cases.append(add("pool", 768))
             if main:
-                cases += [add("rope", 128, "inverse"), add("pool", 1792, "norm")]
+                cases += [add("rope", 128, "inverse"), add("pool", 1792)]
             if target in OLD:
                 continue
             cases += [add("attention", 64, "local"), add("attention", 64, "global")]
@@ -84,9 +84,9 @@ def _cases() -> list[Case]:
         add = functools.partial(Case, target, "bfloat16")
         cases.append(add("quantize", 768))
         cases += [add(op, 768) for op in ("layer_norm", "add_layer_norm", "layer_norm_backward")]
-        cases += [add("rope", 64), add("geglu", 1152), add("geglu_backward", 1152), add("pool", 768, "mean")]
+        cases += [add("rope", 64), add("geglu", 1152), add("geglu_backward", 1152), add("pool", 768)]
         cases += [add("attention", D, v) for D in attention.HEAD_DIMS for v in ("local", "global", "short")]
-    for odd in (("rope", 6), ("geglu", 1151), ("layer_norm", 31), ("layer_norm_backward", 31), ("pool", 31, "norm")):
+    for odd in (("rope", 6), ("geglu", 1151), ("layer_norm", 31), ("layer_norm_backward", 31), ("pool", 31)):
         cases.append(Case("sm_90", "bfloat16", *odd))
     cases += [
         Case(target, "float32", "attention", 128, v) for target in ("sm_90", "sm_80") for v in ("local", "global")
@@ -120,8 +120,7 @@ def _launch(case: Case) -> None:
     elif case.op == "layer_norm_backward":
         layer_norm.layer_norm_backward(x.clone(), x, weight, weight.clone(), 1e-5, x.clone())
     elif case.op == "pool":
-        norm = {} if case.variant == "mean" else {"weight": weight, "normalize": True}
-        pooling.pool(x, cu_seqlens, "cls" if case.variant == "cls" else "mean", **norm)
+        pooling.pool(x, cu_seqlens)
     else:
         qkv = torch.zeros(200, 3, 2, width, dtype=dtype)
         window = (64, 64) if case.variant.startswith("local") else (-1, -1)

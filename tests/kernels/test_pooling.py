@@ -17,7 +17,6 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 from modernbert_lite.kernels import pooling as kernel  # noqa: E402
 
-EPS = 1e-5
 EDGES = (1, 2, 63, 64, 65, 127, 128, 129, 130, 193, 257)  # around the chunks of 64 tokens
 needs_gpu = pytest.mark.skipif(
     INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device and TRITON_INTERPRET=0"
@@ -47,147 +46,109 @@ def lengths_to_cu(lengths: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
 
 
-def parameters(C: int, bias: bool, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
-    return {"weight": 1 + rand(C, dtype=dtype, seed=1) / 2, "bias": rand(C, dtype=dtype, seed=2) if bias else None}
-
-
-def reference(x, lengths, mode, weight=None, bias=None, eps=EPS, normalize=False) -> torch.Tensor:
-    """LayerNorm, pooling.py, F.normalize, in the dtype of x; in fp64 all the way where x is (there the mean is taken
-    sequence by sequence, because pooling.py's is in fp32)."""
-    if weight is not None:
-        x = F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+def reference(x, lengths) -> torch.Tensor:
+    """pooling.py, whose mean is in fp32; in fp64 sequence by sequence where x is."""
     if x.dtype == torch.float64:
-        parts = x.split(lengths)
-        pooled = torch.stack([(part if mode == "mean" else part[:1]).sum(0) for part in parts])
-        if mode == "mean":
-            pooled = pooled / torch.tensor(lengths, device=DEVICE).clamp(min=1)[:, None]
-    else:
-        batch = ml.pack([[0] * n for n in lengths], DEVICE)
-        if mode == "cls" and 0 in lengths:  # which pooling.py refuses
-            full = ml.pack([[0] * n for n in lengths if n], DEVICE)
-            pooled = torch.zeros(len(lengths), x.shape[1], device=DEVICE)
-            pooled[torch.tensor(lengths, device=DEVICE) > 0] = pooling.cls(x, full).float()
-        else:
-            pooled = getattr(pooling, mode)(x, batch).float()
-    return F.normalize(pooled, dim=-1) if normalize else pooled
+        pooled = torch.stack([part.sum(0) for part in x.split(lengths)])
+        return pooled / torch.tensor(lengths, device=DEVICE).clamp(min=1)[:, None]
+    return pooling.mean(x, ml.pack([[0] * n for n in lengths], DEVICE)).float()
 
 
-def check(x, lengths, mode, got=None, **options) -> torch.Tensor:
+def check(x, lengths, got=None) -> torch.Tensor:
     """Not more than twice as far from fp64 as the reference is."""
-    got = kernel.pool(x, lengths_to_cu(lengths), mode, **options) if got is None else got
+    got = kernel.pool(x, lengths_to_cu(lengths)) if got is None else got
     assert got.shape == (len(lengths), x.shape[1])
     assert got.dtype == torch.float32
     if got.numel():
-        truth = reference(x.double(), lengths, mode, **options)
-        allowed = (reference(x, lengths, mode, **options).double() - truth).abs().max()
+        truth = reference(x.double(), lengths)
+        allowed = (reference(x, lengths).double() - truth).abs().max()
         error = (got.double() - truth).abs().max()
         assert error <= 2 * allowed + 1e-6, f"{error:.3g}, the reference {allowed:.3g}"
     return got
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("norm", ["none", "weight", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_pool_equals_the_reference(mode, dtype, norm, normalize):
+def test_pool_equals_the_reference(dtype):
     lengths = [65, 1, 130, 64, 2]
     x = rand(sum(lengths), 96, dtype=dtype)
     kept = x.clone()
-    options = {} if norm == "none" else parameters(96, norm == "bias", dtype)
-    check(x, lengths, mode, **options, normalize=normalize)
+    check(x, lengths)
     assert torch.equal(x, kept)
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
 @pytest.mark.parametrize("length", EDGES)
-def test_lengths_around_the_chunks(length, mode):
+def test_lengths_around_the_chunks(length):
     """Alone, after another sequence, and before one."""
     for lengths in ([length], [3, length], [length, 3]):
         x = rand(sum(lengths), 31)
-        check(x, lengths, mode)
-        check(x, lengths, mode, **parameters(31, True, torch.float32), normalize=True)
+        check(x, lengths)
 
 
 @pytest.mark.parametrize("start", [0, 1, 62, 63, 64, 65, 127])
 def test_starts_around_the_chunks(start):
     lengths = [start, 64, 65, 1, 63, 129]
-    check(rand(sum(lengths), 7), lengths, "mean")
+    check(rand(sum(lengths), 7), lengths)
 
 
 @pytest.mark.parametrize("C", [1, 31, 384, 768, 1025, 1792])
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_widths(mode, C):
+def test_widths(C):
     x = rand(68, C)
-    options = parameters(C, True, torch.float32)
-    check(x, [65, 3], mode)
-    check(x, [65, 3], mode, **options, normalize=C > 1)
+    check(x, [65, 3])
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("mode", ["mean", "cls"])
 @pytest.mark.parametrize(
     "lengths",
     [[0, 5, 70], [5, 0, 70], [5, 70, 0], [0, 0, 0, 64, 0, 0, 1, 0], [0], [0, 0, 0], [0] * 130 + [3] + [0] * 70],
 )
-def test_empty_sequences_give_zeros(lengths, mode, norm, normalize):
+def test_empty_sequences_give_zeros(lengths):
     """At the start, in the middle, at the end, nothing but empty ones, and more of them than a chunk has tokens."""
-    options = parameters(31, True, torch.float32) if norm else {}
-    got = check(rand(sum(lengths), 31), lengths, mode, **options, normalize=normalize)
+    got = check(rand(sum(lengths), 31), lengths)
     assert got.any(1).tolist() == [n > 0 for n in lengths]
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_no_sequences_give_no_rows(mode):
+def test_no_sequences_give_no_rows():
     for T in (0, 5):
-        got = kernel.pool(rand(T, 31), torch.zeros(1, dtype=torch.int32, device=DEVICE), mode)
+        got = kernel.pool(rand(T, 31), torch.zeros(1, dtype=torch.int32, device=DEVICE))
         assert got.shape == (0, 31)
         assert got.dtype == torch.float32
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_one_long_sequence_among_many_short_ones(mode):
+def test_one_long_sequence_among_many_short_ones():
     lengths = [3, 1] * 12 + [700] + [2, 5, 1] * 8
-    check(rand(sum(lengths), 31), lengths, mode, **parameters(31, False, torch.float32), normalize=True)
+    check(rand(sum(lengths), 31), lengths)
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_a_padded_batch_pools_as_it_would_without_padding(mode):
+def test_a_padded_batch_pools_as_it_would_without_padding():
     """As a CUDA graph has it: more rows than tokens, whatever is in them, and cu_seqlens filled up with T."""
     lengths = [65, 3, 130]
-    x, options = rand(198, 31), parameters(31, True, torch.float32)
-    expected = kernel.pool(x, lengths_to_cu(lengths), mode, **options, normalize=True)
+    x = rand(198, 31)
+    expected = kernel.pool(x, lengths_to_cu(lengths))
     padded = torch.cat([x, torch.full((130, 31), torch.nan, device=DEVICE)])
-    got = kernel.pool(padded, lengths_to_cu([*lengths, *[0] * 9]), mode, **options, normalize=True, check=False)
+    got = kernel.pool(padded, lengths_to_cu([*lengths, *[0] * 9]), check=False)
     assert torch.equal(got[:3], expected)
     assert (got[3:] == 0).all()
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_a_sequence_has_the_same_bits_in_any_batch(mode, norm):
+def test_a_sequence_has_the_same_bits_in_any_batch():
     """Alone, permuted, and beside neighbours of other values, infinite ones and NaN."""
     lengths = [1, 65, 0, 64, 130, 2, 257]
     parts = [rand(n, 31, seed=i) for i, n in enumerate(lengths)]
-    options = {**(parameters(31, True, torch.float32) if norm else {}), "normalize": True}
-    got = kernel.pool(torch.cat(parts), lengths_to_cu(lengths), mode, **options)
+    got = kernel.pool(torch.cat(parts), lengths_to_cu(lengths))
     order = [4, 2, 6, 0, 5, 1, 3]
-    permuted = kernel.pool(
-        torch.cat([parts[i] for i in order]), lengths_to_cu([lengths[i] for i in order]), mode, **options
-    )
+    permuted = kernel.pool(torch.cat([parts[i] for i in order]), lengths_to_cu([lengths[i] for i in order]))
     assert torch.equal(permuted, got[order])
     for i, part in enumerate(parts):
-        assert torch.equal(kernel.pool(part, lengths_to_cu(lengths[i : i + 1]), mode, **options)[0], got[i])
+        assert torch.equal(kernel.pool(part, lengths_to_cu(lengths[i : i + 1]))[0], got[i])
     for value in (1e6, torch.nan):
         others = [part if i % 2 else torch.full_like(part, value) for i, part in enumerate(parts)]
-        beside = kernel.pool(torch.cat(others), lengths_to_cu(lengths), mode, **options)
+        beside = kernel.pool(torch.cat(others), lengths_to_cu(lengths))
         assert torch.equal(beside[1::2], got[1::2])
 
 
 def test_mean_of_many_tokens_far_from_zero():
     """Sums of 64, not one running sum, whose error would grow with the length."""
     x = rand(2048, 4) + 100
-    got = kernel.pool(x, lengths_to_cu([2048]), "mean")
+    got = kernel.pool(x, lengths_to_cu([2048]))
     truth = x.double().mean(0)
     assert (got.double() - truth).abs().max() <= 100 * 2**-21
 
@@ -197,12 +158,10 @@ def test_rows_may_be_strided(dtype):
     """NaN between the rows: nothing else is read. The poisoned rows before and after x stay unread too."""
     wide = torch.full((100, 41), torch.nan, device=DEVICE, dtype=dtype)
     wide[10:90, 5:36] = rand(80, 31, dtype=dtype)
-    for mode in ("mean", "cls"):
-        check(wide[10:90, 5:36], [65, 0, 15], mode, **parameters(31, True, dtype), normalize=True)
+    check(wide[10:90, 5:36], [65, 0, 15])
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_no_cu_seqlens_leads_outside_of_x(mode):
+def test_no_cu_seqlens_leads_outside_of_x():
     """Rows of NaN before and after x, and a finite result, whatever the device's values are."""
     buffer = torch.full((4096, 8), torch.nan, device=DEVICE)
     buffer[2000:2080] = 1.0
@@ -218,15 +177,14 @@ def test_no_cu_seqlens_leads_outside_of_x(mode):
     ):
         cu_seqlens = torch.tensor(values, dtype=torch.int32, device=DEVICE)
         with pytest.raises(ValueError, match=r"cu_seqlens is .* it must start at 0, never decrease, end at T = 80"):
-            kernel.pool(buffer[2000:2080], cu_seqlens, mode)
-        got = kernel.pool(buffer[2000:2080], cu_seqlens, mode, check=False)
+            kernel.pool(buffer[2000:2080], cu_seqlens)
+        got = kernel.pool(buffer[2000:2080], cu_seqlens, check=False)
         assert got.shape == (len(values) - 1, 8)
         assert not got.isnan().any(), values
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
 @pytest.mark.parametrize("C", [1, 31, 384])
-def test_nothing_is_written_beside_the_results(monkeypatch, C, mode):
+def test_nothing_is_written_beside_the_results(monkeypatch, C):
     """The result, and the sums in between, lie in the middle of poisoned buffers. No part of a result is left out."""
     poison, margin, buffers = -12345.0, 4096, []
 
@@ -239,10 +197,10 @@ def test_nothing_is_written_beside_the_results(monkeypatch, C, mode):
     x, cu_seqlens = rand(sum(lengths), C), lengths_to_cu(lengths)
     kept = x.clone(), cu_seqlens.clone()
     monkeypatch.setattr(kernel.torch, "empty", inside)
-    got = kernel.pool(x, cu_seqlens, mode)
+    got = kernel.pool(x, cu_seqlens)
     monkeypatch.undo()
-    check(x, lengths, mode, got)
-    assert len(buffers) == 1 + (mode == "mean")
+    check(x, lengths, got)
+    assert len(buffers) == 2
     for buffer, n in buffers:
         assert (buffer[:margin] == poison).all()
         assert (buffer[margin + n :] == poison).all()
@@ -250,57 +208,33 @@ def test_nothing_is_written_beside_the_results(monkeypatch, C, mode):
     assert torch.equal(cu_seqlens, kept[1])
 
 
-def test_zero_vectors_stay_zero():
-    assert not kernel.pool(torch.zeros(5, 31, device=DEVICE), lengths_to_cu([5]), "mean", normalize=True).any()
-
-
-def test_small_vectors_get_unit_length():
-    got = kernel.pool(rand(5, 31) * 1e-8, lengths_to_cu([2, 3]), "mean", normalize=True)
-    assert torch.allclose(got.norm(dim=1), torch.ones(2, device=DEVICE), atol=1e-6)
-
-
-def test_the_norm_is_rounded_as_one_in_memory_would_be():
-    """fp16, one token: the pooled vector is the norm's own output, bit for bit, in fp32."""
-    x, options = rand(9, 96, dtype=torch.float16), parameters(96, True, torch.float16)
-    got = kernel.pool(x, lengths_to_cu([1] * 9), "mean", **options)
-    assert torch.equal(got, got.half().float())
-    assert torch.equal(got, kernel.pool(x, lengths_to_cu([1] * 9), "cls", **options))
-
-
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_pool_in_bfloat16(mode):
-    """The sums are in fp32, so that without a norm only the values are bf16."""
+def test_pool_in_bfloat16():
+    """The sums are in fp32, so that only the values are bf16."""
     x = rand(70, 31, dtype=torch.bfloat16)
-    check(x, [65, 5], mode, normalize=True)
+    check(x, [65, 5])
 
 
 X, CU = torch.zeros(4, 8), torch.tensor([0, 4], dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
-    ("x", "cu_seqlens", "options", "message"),
+    ("x", "cu_seqlens", "message"),
     [
-        (X, CU, {"mode": "max"}, "mode is 'max'; it must be one of"),
-        (torch.zeros(8), CU, {}, r"x is \(8,\)"),
-        (torch.zeros(2, 4, 8), CU, {}, r"x is \(2, 4, 8\)"),
-        (torch.zeros(4, 0), CU, {}, r"x is \(4, 0\)"),
-        (torch.zeros(4, 8193), CU, {}, r"x is \(4, 8193\).*8192"),
-        (X.double(), CU, {}, "x has dtype torch.float64; it must be"),
-        (X.long(), CU, {}, "x has dtype torch.int64"),
-        (torch.zeros(8, 4).T, CU, {}, "last dimension of x must be contiguous"),
-        (X, CU.long(), {}, "cu_seqlens is .*int64; it must be .*int32"),
-        (X, CU[None], {}, r"cu_seqlens is \(1, 2\)"),
-        (X, CU[:0], {}, r"cu_seqlens is \(0,\)"),
-        (X, CU, {"weight": torch.ones(7)}, r"weight is \(7,\); it must be \(8,\)"),
-        (X, CU, {"weight": torch.ones(16)[::2]}, "weight is .*contiguous"),
-        (X, CU, {"weight": torch.ones(8), "bias": torch.ones(1, 8)}, r"bias is \(1, 8\)"),
-        (X, CU, {"bias": torch.ones(8)}, "bias was given without weight"),
+        (torch.zeros(8), CU, r"x is \(8,\)"),
+        (torch.zeros(2, 4, 8), CU, r"x is \(2, 4, 8\)"),
+        (torch.zeros(4, 0), CU, r"x is \(4, 0\)"),
+        (torch.zeros(4, 8193), CU, r"x is \(4, 8193\).*8192"),
+        (X.double(), CU, "x has dtype torch.float64; it must be"),
+        (X.long(), CU, "x has dtype torch.int64"),
+        (torch.zeros(8, 4).T, CU, "last dimension of x must be contiguous"),
+        (X, CU.long(), "cu_seqlens is .*int64; it must be .*int32"),
+        (X, CU[None], r"cu_seqlens is \(1, 2\)"),
+        (X, CU[:0], r"cu_seqlens is \(0,\)"),
     ],
 )
-def test_pool_refuses_what_it_can_not_do(x, cu_seqlens, options, message):
-    options = {k: there(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+def test_pool_refuses_what_it_can_not_do(x, cu_seqlens, message):
     with pytest.raises(ValueError, match=message):
-        kernel.pool(there(x), there(cu_seqlens), **options)
+        kernel.pool(there(x), there(cu_seqlens))
 
 
 def test_strided_cu_seqlens_are_refused():
@@ -328,40 +262,36 @@ def gradient(f, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("lengths", [[65, 1, 130, 2], [0, 5, 0, 0, 3, 0], [0, 0], [1]])
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_the_gradient_equals_autograd(mode, lengths, dtype):
+def test_the_gradient_equals_autograd(lengths, dtype):
     x, cu_seqlens = rand(sum(lengths), 31, dtype=dtype), lengths_to_cu(lengths)
     grad = rand(len(lengths), 31, seed=5)
-    got = gradient(lambda x: kernel.pool_op(x, cu_seqlens, mode), x, grad)
-    truth = gradient(lambda x: reference(x, lengths, mode), x.double(), grad.double())
-    plain = gradient(lambda x: reference(x, lengths, mode), x, grad)
+    got = gradient(lambda x: kernel.pool_op(x, cu_seqlens), x, grad)
+    truth = gradient(lambda x: reference(x, lengths), x.double(), grad.double())
+    plain = gradient(lambda x: reference(x, lengths), x, grad)
     assert got.dtype == dtype
     assert got.shape == x.shape
     if got.numel():
         assert (got.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max() + 1e-6
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_rows_outside_the_sequences_have_no_gradient(mode):
+def test_rows_outside_the_sequences_have_no_gradient():
     """More rows than tokens, as in a padded batch."""
     x, grad = rand(11, 31), rand(4, 31, seed=5)
-    got = gradient(lambda x: kernel.pool_op(x, lengths_to_cu([5, 3, 0, 0]), mode), x, grad)
-    expected = gradient(lambda x: kernel.pool_op(x, lengths_to_cu([5, 3, 0, 0]), mode), x[:8], grad)
+    got = gradient(lambda x: kernel.pool_op(x, lengths_to_cu([5, 3, 0, 0])), x, grad)
+    expected = gradient(lambda x: kernel.pool_op(x, lengths_to_cu([5, 3, 0, 0])), x[:8], grad)
     assert torch.equal(got[:8], expected)
     assert not got[8:].any()
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_the_operator_passes_opcheck(mode):
+def test_the_operator_passes_opcheck():
     x, cu_seqlens = rand(70, 31), lengths_to_cu([65, 0, 5])
-    torch.library.opcheck(kernel.pool_op, (x.requires_grad_(), cu_seqlens, mode))
-    torch.library.opcheck(kernel.pool_backward_op, (rand(3, 31), x.detach(), cu_seqlens, mode))
+    torch.library.opcheck(kernel.pool_op, (x.requires_grad_(), cu_seqlens))
+    torch.library.opcheck(kernel.pool_backward_op, (rand(3, 31), x.detach(), cu_seqlens))
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_the_operator_passes_through_torch_compile(mode):
+def test_the_operator_passes_through_torch_compile():
     def f(x, cu_seqlens):
-        return F.normalize(kernel.pool_op(x * 2, cu_seqlens, mode), dim=-1)
+        return F.normalize(kernel.pool_op(x * 2, cu_seqlens), dim=-1)
 
     torch._dynamo.reset()
     compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
@@ -378,17 +308,15 @@ def test_the_operator_passes_through_torch_compile(mode):
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("C", [384, 768, 1024, 1792])
-@pytest.mark.parametrize("mode", ["mean", "cls"])
 @pytest.mark.parametrize(
     "lengths",
     [[512] * 32, [16_384], [8192, *[16] * 256, *[64] * 64], [*EDGES] * 8, [1] * 1000],
     ids=["32x512", "1x16384", "one-long", "edges", "1000x1"],
 )
-def test_pool_at_real_shapes(lengths, mode, C, dtype):
-    """With and without the final norm; the same bits alone as in the batch."""
-    x, options = rand(sum(lengths), C, dtype=dtype), parameters(C, True, dtype)
-    check(x, lengths, mode)
-    got = check(x, lengths, mode, **options, normalize=True)
+def test_pool_at_real_shapes(lengths, C, dtype):
+    """The same bits alone as in the batch."""
+    x = rand(sum(lengths), C, dtype=dtype)
+    got = check(x, lengths)
     i = len(lengths) // 2
     alone = x.split(lengths)[i]
-    assert torch.equal(kernel.pool(alone, lengths_to_cu([lengths[i]]), mode, **options, normalize=True)[0], got[i])
+    assert torch.equal(kernel.pool(alone, lengths_to_cu([lengths[i]]))[0], got[i])

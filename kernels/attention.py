@@ -271,7 +271,7 @@ def attention(
         block = block or block_m(max(lengths), qkv.dtype, left >= 0 or right >= 0)
         tile_table = tiles(lengths, max(block, 1)).to(qkv.device)
     if check:
-        check_rows("attention_op", qkv=qkv)
+        check_rows("ops.attention", qkv=qkv)
         _check(q, tile_table, block)
     return _launch(q, k, v, tile_table, block, left, right, config)
 
@@ -320,7 +320,7 @@ def row_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, *, check: bool = Tr
     table = torch.stack([row, row + 1, cu_seqlens[:-1], cu_seqlens[1:]], 1)
     k, v = kv.chunk(2, 1)
     block = 32 if q.dtype == torch.float32 else 64  # one row of it is used; the matrix units take no fewer
-    check_rows("attention_op", q=q, kv=kv)
+    check_rows("ops.row_attention", q=q, kv=kv)
     _check(q, table, block)
     return _launch(q, k, v, table, block, -1, -1, None)
 
@@ -375,39 +375,8 @@ def _launch(
 def attention_op(
     qkv: Tensor, cu_seqlens: Tensor, tile_table: Tensor, block: int, left: int, right: int, heads: int | None = None
 ) -> Tensor:
-    """`attention` for torch.compile, torch.export and autograd."""
+    """`attention` for torch.compile and torch.export; no gradient (ops takes torch's own attention for one)."""
     return attention(qkv, cu_seqlens, (left, right), heads=heads, tile_table=tile_table, block=block)
-
-
-@torch.library.custom_op("modernbert_lite::attention_backward", mutates_args=())
-def attention_backward_op(
-    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, left: int, right: int, heads: int | None = None
-) -> Tensor:
-    """The gradient of qkv, sequence by sequence in plain torch, O(S^2) memory: training takes torch's own varlen_attn
-    where there is one, and this stands behind a compiled graph that asks for a gradient."""
-    out = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
-    all_q, all_k, all_v = _split(qkv, heads)
-    shared = all_q.shape[1] // all_k.shape[1]
-    ends = cu_seqlens.tolist()
-    for start, end in pairwise(ends):
-        q, k, v = (x[start:end].float().transpose(0, 1) for x in (all_q, all_k, all_v))  # (heads, S, D)
-        k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
-        g = grad[start:end].float().transpose(0, 1)
-        place = torch.arange(end - start, device=qkv.device)
-        distance = place - place[:, None]
-        hidden = torch.zeros_like(distance, dtype=torch.bool)
-        if left >= 0:
-            hidden |= distance < -left
-        if right >= 0:
-            hidden |= distance > right
-        scale = q.shape[-1] ** -0.5
-        p = (q @ k.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1)
-        dp = g @ v.mT
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        dk, dv = ((x @ y).unflatten(0, (-1, shared)).sum(1) for x, y in ((ds.mT, q), (p.mT, g)))
-        for part, d in zip(_split(out, heads), (ds @ k, dk, dv)):  # noqa: B905  always three
-            part[start:end] = d.transpose(0, 1).to(qkv.dtype)
-    return out
 
 
 @attention_op.register_fake
@@ -415,27 +384,9 @@ def _(qkv, cu_seqlens, tile_table, block, left, right, heads=None):
     return qkv.new_empty(qkv.shape[0], qkv.shape[2] if heads is None else heads, qkv.shape[-1])
 
 
-@attention_backward_op.register_fake
-def _(grad, qkv, cu_seqlens, left, right, heads=None):
-    return qkv.new_empty(qkv.shape)
-
-
-def _save(ctx, inputs, output):
-    qkv, cu_seqlens, _, _, ctx.left, ctx.right, ctx.heads = inputs
-    ctx.save_for_backward(qkv, cu_seqlens)
-
-
-def _backward(ctx, grad):
-    qkv, cu_seqlens = ctx.saved_tensors
-    return attention_backward_op(grad, qkv, cu_seqlens, ctx.left, ctx.right, ctx.heads), *[None] * 6
-
-
-attention_op.register_autograd(_backward, setup_context=_save)
-
-
 @torch.library.custom_op("modernbert_lite::row_attention", mutates_args=())
 def row_attention_op(q: Tensor, kv: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`row_attention` for torch.compile and torch.export; no gradient (ops takes plain torch for one)."""
+    """`row_attention` for torch.compile and torch.export; no gradient either."""
     return row_attention(q, kv, cu_seqlens, check=False)
 
 

@@ -79,7 +79,7 @@ def pool(x: Tensor, cu_seqlens: Tensor, *, check: bool = True) -> Tensor:
     """
     if x.dim() != 2 or not 0 < x.shape[1] <= _MAX_WIDTH:
         raise ValueError(f"x is {tuple(x.shape)}; it must be (T, C), C at most {_MAX_WIDTH}")
-    check_rows("pool_op", x=x)
+    check_rows("ops.mean_pool", x=x)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.stride(0) != 1:
         raise ValueError(
             f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (B + 1,) int32, contiguous"
@@ -101,37 +101,10 @@ def pool(x: Tensor, cu_seqlens: Tensor, *, check: bool = True) -> Tensor:
 
 @torch.library.custom_op("modernbert_lite::pool", mutates_args=())
 def pool_op(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """`pool`, for torch.compile, torch.export and autograd."""
+    """`pool`, for torch.compile and torch.export; no gradient (ops takes plain torch for one)."""
     return pool(x, cu_seqlens, check=False)
-
-
-@torch.library.custom_op("modernbert_lite::pool_backward", mutates_args=())
-def pool_backward_op(grad: Tensor, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The gradient of x (T, C) for that of the pooled (B, C): plain torch, one pass."""
-    lengths = cu_seqlens.diff().long()
-    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    row = torch.arange(len(x), device=x.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].long(), row, right=True)  # B for rows that no sequence has
-    shares = torch.cat([grad / lengths.clamp(min=1)[:, None], grad.new_zeros(1, x.shape[1])])
-    return out.copy_(shares[sequence])
 
 
 @pool_op.register_fake
 def _(x, cu_seqlens):
     return x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1], dtype=torch.float32)
-
-
-@pool_backward_op.register_fake
-def _(grad, x, cu_seqlens):
-    return x.new_empty(x.shape)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad):
-    return pool_backward_op(grad, *ctx.saved_tensors), None
-
-
-pool_op.register_autograd(_backward, setup_context=_save)

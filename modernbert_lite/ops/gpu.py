@@ -226,11 +226,11 @@ def row_attention(q: Tensor, kv: Tensor, rows: Tensor, batch: PackedBatch, turn:
 
 
 def mean_pool(x: Tensor, batch: PackedBatch) -> Tensor | None:
-    if not _fits_a_program(x) or not works(x.device):
+    if not _fits_a_program(x) or not works(x.device) or wants_gradient(x):
         return None
     from ..kernels import pooling as kernel
 
-    if traced(x):
+    if torch.compiler.is_compiling():
         return kernel.pool_op(x, batch.cu_seqlens)
     return kernel.pool(x, batch.cu_seqlens, check=False)
 

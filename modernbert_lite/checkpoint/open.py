@@ -10,8 +10,7 @@ from torch import nn
 
 from ..models.fields import Config
 from ..models.registry import network_class, read_config, use
-from ..ops.gpu import has_float8
-from ..ops.linear import FLOAT8
+from ..ops.linear import FLOAT8, has_float8
 from ..ops.threads import set_threads
 from ..reading import DTYPES, CheckpointError, OptionError
 from .folder import Folder

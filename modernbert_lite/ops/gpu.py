@@ -73,11 +73,6 @@ def has_matrix_units(device: torch.device) -> bool:
     return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def has_float8(device: torch.device) -> bool:
-    """Whether the card multiplies 8-bit floats: NVIDIA's from Ada and Hopper on."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 @constant
 def attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the attention kernel pays, and runs: a card may have too little shared memory for heads of this size."""

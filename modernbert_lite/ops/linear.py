@@ -242,6 +242,11 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     return backend_for("linear", device, dtype) == "onednn"
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether the card multiplies 8-bit floats: NVIDIA's from Ada and Hopper on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def _plain(in_features: int, out_features: int, parts: int, weight: Tensor, bias: Tensor | None) -> Linear:
     with torch.device("meta"):
         layer = Linear(in_features, out_features, bias is not None, parts)

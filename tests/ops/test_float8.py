@@ -8,7 +8,7 @@ import torch
 
 import modernbert_lite as ml
 from modernbert_lite.checkpoint.open import pick_dtype
-from modernbert_lite.ops import gpu, linear
+from modernbert_lite.ops import linear
 from modernbert_lite.ops.linear import FLOAT8, Float8Linear, Linear
 from modernbert_lite.ops.reference import geglu, layer_norm, to_float8
 
@@ -162,7 +162,7 @@ def test_it_is_refused_where_it_cannot_be(make_checkpoint, monkeypatch):
         ml.load_model(folder, device="cpu", dtype="float8", packed=False)
     for capability, fine in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert gpu.has_float8(torch.device("cuda")) == fine
+        assert linear.has_float8(torch.device("cuda")) == fine
         if not fine:
             with pytest.raises(ValueError, match="'float8' needs an NVIDIA card from Ada or Hopper on"):
                 pick_dtype("float8", torch.device("cuda"))
@@ -173,7 +173,7 @@ def test_it_is_refused_where_it_cannot_be(make_checkpoint, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_card_gives_what_the_emulation_gives(make_checkpoint):
-    if not gpu.has_float8(torch.device("cuda")):
+    if not linear.has_float8(torch.device("cuda")):
         pytest.skip("this card has no 8-bit floats")
     folder, _ = make_checkpoint("ModernBertModel", num_hidden_layers=3)
     batch = ml.pack([torch.arange(5, 5 + n) * 7 % 500 + 5 for n in (33, 1, 200)])

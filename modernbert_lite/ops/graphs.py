@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..batch import PackedBatch, check_batch
 from ..reading import warn
 from . import gpu
-from .choose import backend
+from .choose import backend, wanted
 from .tracing import wants_gradient
 
 MAX_TOKENS = 32_768
@@ -166,7 +166,7 @@ class Graphed:
 
     def _find(self, batch: PackedBatch, arguments: tuple[Hashable, ...]) -> _Graph | None:
         bucket = *bucket_of(len(batch.input_ids), len(batch.seqlens)), batch.max_seqlen > gpu.NARROW
-        key = (*bucket, batch.token_type_ids is not None, arguments, os.environ.get("MODERNBERT_LITE_BACKEND"))
+        key = (*bucket, batch.token_type_ids is not None, arguments, wanted())
         if key in self._graphs:
             return self._graphs[key]
         self._seen[key] += 1

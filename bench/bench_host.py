@@ -166,6 +166,20 @@ def missed(rows: list[Row]) -> list[str]:
     ]
 
 
+def table(rows: list[Row]) -> str:
+    lines = ["| what | tokens | ms | median, ms | launches |", "|---" * 5 + "|"]
+    lines += [f"| {r['what']} | {int(r['tokens']):,} | {r['ms']} | {r['median_ms']} | {r['launches']} |" for r in rows]
+    last = rows[-1]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{last['machine']}, torch {last['torch']}, triton {last['triton']}, "
+            f"commit {last['commit']}, {last['date']}.",
+        ]
+    )
+
+
 def line(row: Row) -> str:
     tokens = f"{row['what']:17} {row['tokens']:>6} tokens"
     return f"{tokens} {row['ms']:>7} ms, median {row['median_ms']}, {row['launches']} launches"

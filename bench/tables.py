@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench import bench_cpu, bench_encode, bench_encode_gpu, bench_gte, plot
+from bench import bench_cpu, bench_encode, bench_encode_gpu, bench_float8, bench_gte, bench_host, bench_strings, plot
 from bench.records import NOT_MEASURED, RESULTS, Rows, read_csv, where
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -70,6 +70,9 @@ TABLES |= {
     "kernels_gpu": kernels_gpu,
     "gte_cpu": bench_gte.table,
     "gte_gpu": bench_gte.table,
+    "strings_gpu": bench_strings.table,
+    "float8_gpu": bench_float8.table,
+    "host": bench_host.table,
 }
 
 

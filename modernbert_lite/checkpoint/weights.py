@@ -61,9 +61,9 @@ def load_weights(
     linears = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
     packing = packed and packs(device, dtype)
     # One buffer for all tensors that are packed. A buffer per tensor would leave holes that are too small for the next.
-    buffer = torch.empty(
-        max(math.prod(expected[name]) for name in linears) if packing or eight else 0, dtype=dtype, device="cpu"
-    )
+    # (A card's allocator leaves none.)
+    most = max(math.prod(expected[name]) for name in linears) if packing or eight else 0
+    buffer = torch.empty(most, dtype=dtype, device="cpu") if device.type == "cpu" else None
     state = {}
     for name, sources in found.items():
         # The encoder's layers; a head's are few. In float8 only those that widen: the others end in an addition, which

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 import modernbert_lite as ml
+from modernbert_lite.checkpoint.folder import Folder
 from modernbert_lite.checkpoint.open import pick_dtype
+from modernbert_lite.checkpoint.weights import load_weights
+from modernbert_lite.models.modernbert import ModernBert
+from modernbert_lite.models.registry import read_config
 from modernbert_lite.ops import linear
 from modernbert_lite.ops.linear import FLOAT8, Float8Linear, Linear
 from modernbert_lite.ops.reference import geglu, layer_norm, to_float8
@@ -154,6 +158,16 @@ def test_sides_that_sixteen_does_not_divide_stay_as_they_are(make_checkpoint):
     network = ml.load_model(folder, device="cpu", dtype="float8")
     assert type(network.layers[0].attn.Wqkv) is Float8Linear
     assert type(network.layers[0].mlp.Wi) is not Float8Linear
+
+
+def test_weights_that_are_stored_in_another_dtype_get_to_the_device(make_checkpoint):
+    """By way of no buffer of the CPU's. (The meta device is any other than the CPU.)"""
+    folder, model = make_checkpoint("ModernBertModel", num_hidden_layers=1)
+    model.half().save_pretrained(folder)
+    files, device = Folder(folder), torch.device("meta")
+    network = load_weights(ModernBert, read_config(folder, read=files.json), files, device=device, dtype=FLOAT8)
+    tensors = [*network.parameters(), *network.layers[0].mlp.Wi._packed[:2], *network.layers[0].attn.Wqkv._packed[:2]]
+    assert {x.device for x in tensors} == {device}
 
 
 def test_it_is_refused_where_it_cannot_be(make_checkpoint, monkeypatch):

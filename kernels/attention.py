@@ -259,14 +259,14 @@ def attention(
     Raises ValueError, naming the argument, for what it can't do. check: as in `layer_norm`.
     """
     q, k, v = _split(qkv, heads)
-    T = len(qkv)
     if check and (not isinstance(window_size, (tuple, list)) or [type(side) for side in window_size] != [int, int]):
         raise ValueError(
             f"window_size is {window_size!r}; it must be two whole numbers, (left, right), -1 for no limit"
         )
-    left, right = (-1 if side < 0 else min(int(side), 2**30) for side in window_size)
+    left, right = window_size
+    left, right = -1 if left < 0 else min(int(left), 2**30), -1 if right < 0 else min(int(right), 2**30)
     if tile_table is None or block is None:
-        values = check_cu_seqlens(cu_seqlens, T)
+        values = check_cu_seqlens(cu_seqlens, len(qkv))
         lengths = [b - a for a, b in pairwise(values)]
         block = block or block_m(max(lengths), qkv.dtype, left >= 0 or right >= 0)
         tile_table = tiles(lengths, max(block, 1)).to(qkv.device)
@@ -345,17 +345,16 @@ def _launch(
     right: int,
     config: dict[str, int] | None,
 ) -> Tensor:
-    (Q, H, D), T = q.shape, len(k)
-    hopper = _is_hopper(q.device)
+    Q, H, D = q.shape
     out = torch.empty((Q, H, D), dtype=q.dtype, device=q.device)
-    if out.numel() == 0 or len(table) == 0:
+    if out.numel() == 0 or table.shape[0] == 0:
         return out
     (q_row, q_head, _), (k_row, k_head, _), (out_row, out_head, _) = q.stride(), k.stride(), out.stride()
     launch(
         _attention_kernel,
         (table.shape[0], H, 1),
         (q, k, v, out, table),
-        (Q, T, D**-0.5 * _LOG2E, q_row, k_row, out_row, q_head, k_head, out_head),
+        (Q, k.shape[0], D**-0.5 * _LOG2E, q_row, k_row, out_row, q_head, k_head, out_head),
         SHARED=H // k.shape[1],
         LEFT=left,
         RIGHT=right,
@@ -365,7 +364,7 @@ def _launch(
         # Twice the loop would spill registers where products are unrolled (fp32); short sequences have one block of
         # keys anyway.
         ONE_LOOP=q.dtype == torch.float32 or block <= 64,
-        SKIP=hopper,
+        SKIP=_is_hopper(q.device),
         **(config or _config(block, D, q.dtype)),
     )
     return out

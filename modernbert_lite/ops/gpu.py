@@ -40,7 +40,7 @@ def _tried_once(trial: Callable[..., bool]) -> Callable[..., bool]:
             known[key] = trial(device, *what)
         return known[key]
 
-    works.cache_clear = known.clear  # type: ignore[attr-defined]
+    works.known, works.cache_clear = known, known.clear  # type: ignore[attr-defined]
     return works
 
 
@@ -76,6 +76,8 @@ def has_matrix_units(device: torch.device) -> bool:
 @constant
 def attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the attention kernel pays, and runs: a card may have too little shared memory for heads of this size."""
+    if _attention_works.known.get((device, dtype, head_dim)):  # type: ignore[attr-defined]
+        return True
     from ..kernels import attention as kernel
 
     return head_dim in kernel.HEAD_DIMS and has_matrix_units(device) and _attention_works(device, dtype, head_dim)

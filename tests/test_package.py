@@ -128,7 +128,7 @@ FOLDERS = [
 INSIDE = {
     "ops": [
         {"tracing"},
-        {"choose", "onednn", "threads", "windows"},
+        {"choose", "onednn", "padded", "threads", "windows"},
         {"rope"},
         {"reference"},
         {"linear", "pooling"},

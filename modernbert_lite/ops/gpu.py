@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..batch import PackedBatch, to_device
 from ..reading import warn
-from . import reference
+from . import padded, reference
 from .choose import Twins
 from .rope import Turn, turn_at
 from .tracing import constant, wants_gradient
@@ -177,14 +177,20 @@ def attention(
     turn: Turn | None = None,
     coarse: bool = False,
 ) -> Tensor | None:
-    """By the kernel; with a gradient, or where the kernel doesn't run, by torch's varlen_attn if that takes qkv."""
+    """By the kernel; with a gradient, or where the kernel doesn't run, by torch's varlen_attn if that takes qkv, else
+    padded if texts are short."""
     whole = batch.key_seqlens is None
-    kernel_takes = can_attend(qkv) and not wants_gradient(qkv) and (whole or not torch.compiler.is_compiling())
-    if not kernel_takes and not (whole and batch.max_seqlen > 0 and has_varlen_attn(qkv)):
+    if can_attend(qkv) and not wants_gradient(qkv) and (whole or not torch.compiler.is_compiling()):
+        attend: Callable[..., Tensor | None] = _kernel_attention
+    elif whole and batch.max_seqlen > 0 and has_varlen_attn(qkv):
+        attend = _varlen_attention
+    elif batch.max_seqlen > padded.SHORT or torch.compiler.is_compiling():
         return None
+    else:
+        attend = padded.attention
     if turn is not None:
         qkv = reference.rope(qkv, (heads + qkv.shape[1]) // 2, turn)
-    return (_kernel_attention if kernel_takes else _varlen_attention)(qkv, heads, batch, window_size)
+    return attend(qkv, heads, batch, window_size)
 
 
 def can_attend(qkv: Tensor) -> bool:

@@ -279,7 +279,10 @@ def test_the_wheel_is_small(wheel):
     # Neither the bundled model, nor what pip keeps of a package: the README, and a hash for every file.
     code = [i for i in infos if not i.filename.startswith("modernbert_lite/tiny/") and ".dist-info/" not in i.filename]
     # The archive keeps about 100 bytes and two names an entry beside the content.
-    assert sum(i.compress_size + 2 * len(i.filename) + 100 for i in code) < 199_000
+    sizes = {i.filename: i.compress_size + 2 * len(i.filename) + 100 for i in code}
+    kernels = sum(size for name, size in sizes.items() if "/kernels/" in name)
+    assert kernels < 20_000
+    assert sum(sizes.values()) - kernels < 183_000
 
 
 def test_the_unpacked_wheel_works(wheel, tmp_path):
@@ -312,13 +315,15 @@ def test_import_takes_milliseconds():
 
 
 def test_the_core_stays_lite():
-    """An alarm that asks for a thought, not a limit to game. A sum only says "too much", so each room has its own. The
-    thought so far: what reads a stranger's files is half of the whole, because every key of transformers' and
-    sentence-transformers' files is honoured or refused by name."""
-    alarms = {"ops": 1_990, "models": 1_280, "checkpoint": 1_700, "pipeline": 2_230, "cli": 1_340, "": 2_120}
+    """An alarm that asks for a thought, not a limit to game. A sum only says "too much", so each room has its own, and
+    the twins of the operations have one apart from them. The thought so far: what reads a stranger's files is half of
+    the whole, because every key of transformers' and sentence-transformers' files is honoured or refused by name."""
+    alarms = {"ops": 1_370, "models": 1_280, "checkpoint": 1_700, "pipeline": 2_230, "cli": 1_340, "": 2_120}
+    twins = {"ops.cpu", "ops.gpu", "ops.onednn", "ops.padded"}
     lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in CORE}
-    for room, alarm in alarms.items():
-        total = sum(count for name, count in lines.items() if (name.partition(".")[0] if "." in name else "") == room)
+    rooms = {name: "twins" if name in twins else name.partition(".")[0] if "." in name else "" for name in lines}
+    for room, alarm in {**alarms, "twins": 900}.items():
+        total = sum(count for name, count in lines.items() if rooms[name] == room)
         assert total <= alarm, f"{room or 'the top'}: {total} lines"
     assert max(lines.values()) <= 400, lines
 

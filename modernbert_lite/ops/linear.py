@@ -212,9 +212,7 @@ def _scaled(x: Tensor, of_x: Tensor, y: Tensor, of_y: Tensor, bias: Tensor | Non
     return torch._scaled_mm(x, y, of_x, of_y, bias, out_dtype=dtype)
 
 
-def _scaled_in_fp32(
-    x: Tensor, of_x: Tensor, y: Tensor, of_y: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _scaled_in_fp32(x: Tensor, of_x: Tensor, y: Tensor, of_y: Tensor, bias: Any, dtype: torch.dtype) -> Tensor:
     product = x.float() @ y.float() * of_x * of_y
     return (product if bias is None else product + bias).to(dtype)
 

@@ -22,14 +22,12 @@ from .tokenizer import FirstCut, Text, Tokenizer
 
 # Texts are read, sorted and embedded a window at a time. This bounds memory, however long the input is.
 _WINDOW_TEXTS, _WINDOW_CHARACTERS = 4_096, 1 << 20
-# A window is tokenized in pieces of this size. While the network computes one piece, the next is tokenized. A GPU's
-# batch takes two or three pieces, so more of them are made ahead: else each batch waits for its last one.
+# A window is tokenized in pieces of this size. While the network computes one piece, the next is tokenized.
 _PIECE_CHARACTERS = 1 << 16
-_GPU_PIECES_AHEAD = 6
+_GPU_PIECES_AHEAD = 6  # its batch takes two or three pieces, and would wait for the last one
 
 T = TypeVar("T")
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 Ids = list[list[int]]
 # encode(items, the first one's number, the most tokens of an item) -> ids, token types, how many items were cut.
 Encode = Callable[[Sequence[Any], int, int], tuple[Ids, Ids, int]]
@@ -235,13 +233,13 @@ def looks_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _ahead(function: Callable[[Item], Result], items: Iterable[Item], most: int) -> Generator[tuple[Item, Result]]:
+def _ahead(function: Callable[[Item], T], items: Iterable[Item], most: int) -> Generator[tuple[Item, T]]:
     """Yields each item and function(item). While the caller works on one, a thread makes the next, up to `most` of
     them. Closing ends the thread. Items are read here, `most` ahead. If that fails, what was read before comes first.
 
     It is a plain thread: a pool of threads takes no more work once the main thread has ended."""
     asked: SimpleQueue[Item | None] = SimpleQueue()
-    made: SimpleQueue[tuple[Item, Result] | BaseException] = SimpleQueue()
+    made: SimpleQueue[tuple[Item, T] | BaseException] = SimpleQueue()
     stopped = threading.Event()
 
     def make(item: Item) -> None:
@@ -254,7 +252,7 @@ def _ahead(function: Callable[[Item], Result], items: Iterable[Item], most: int)
         while (item := asked.get()) is not None and not stopped.is_set():
             make(item)
 
-    def take() -> tuple[Item, Result]:
+    def take() -> tuple[Item, T]:
         result = made.get()
         if isinstance(result, BaseException):
             raise result

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 import modernbert_lite as ml
-from bench import records, timing
-from bench.flops import memory_limit, model_flops, peak_flops
+from bench import cards, records, timing
+from bench.flops import memory_limit, model_flops
 from bench.records import NOT_MEASURED, Rows, where
 from bench.texts import QUERY_TOKENS, batch_of, pool_lengths
 from bench.timing import attempt, free, peak_memory, waited
@@ -55,10 +55,6 @@ PADDED_TOKENS = 32_768
 GRAPH_TOKENS = 32_768  # twice what Graphed replays by default: does more pay?
 FP32_TOLERANCE = 2e-5
 MIN_COSINE = 0.999
-# Million tokens a second at the best batch size, base shape, bf16, one H200.
-PROMISED = {"512": 2.0, "2048": 1.6, "8192": 0.9}
-PROMISED_QUERY_MS = 1.0
-
 Run = Callable[[], Tensor]
 Emit = Callable[[dict[str, Any]], None]
 COLUMNS = (
@@ -305,7 +301,7 @@ class Unequal(ValueError):
 
 def speeds(flops_per_s: float, card: str, dtype: torch.dtype, options: argparse.Namespace) -> dict[str, str]:
     row = {}
-    if peak := peak_flops(card, dtype):
+    if peak := cards.peak_flops(card, dtype):
         row["mfu"] = f"{flops_per_s / peak:.3f}"
     if options.device == "cuda":
         row["mfu_measured"] = f"{flops_per_s / timing.ceilings().flops(dtype):.3f}"
@@ -343,31 +339,8 @@ def run(options: argparse.Namespace, emit: Emit) -> bool:
     return ok
 
 
-def promises(rows: list[dict[str, str]]) -> list[tuple[str, str, str, str]]:
-    """(what, promised, measured, "yes" or "no") of each promise; measured and the last are "" where no row tells.
-
-    Speeds are promised for one H200, the base shape and bf16; of the batch sizes the best counts."""
-    own = [r for r in rows if r["shape"] == "base" and r["dtype"] == "bfloat16" and r["seconds"]]
-    own = [r for r in own if "H200" in r["card"] and r["provider"] in (OURS, GRAPHS)]
-    table = []
-
-    def add(what: str, promised: str, found: list[float], pick: Callable[[list[float]], float], unit: str) -> None:
-        sign, limit = promised.split()[:2]
-        kept = {">=": float.__ge__, "<=": float.__le__, "<": float.__lt__}[sign]
-        got = pick(found) if found else None
-        met = "" if got is None else "yes" if kept(got, float(limit)) else "no"
-        table.append((what, promised, "" if got is None else f"{got:.2f} {unit}".rstrip(), met))
-
-    for case, least in PROMISED.items():
-        speeds = [float(r["tokens_per_s"]) / 1e6 for r in own if r["case"] == case]
-        add(f"base, {case} tokens each", f">= {least} Mtok/s", speeds, max, "Mtok/s")
-    query = [float(r["seconds"]) * 1e3 for r in own if r["case"] == "query" and r["provider"] == GRAPHS]
-    add(f"one query of {QUERY_TOKENS} tokens, with graphs", f"< {PROMISED_QUERY_MS} ms", query, min, "ms")
-    # A query's activations are less than the allocator's grain.
-    full = [r for r in own if r["provider"] == OURS and r["memory_limit_mb"] and r["case"] != "query"]
-    shares = [float(r["peak_allocated_mb"]) / float(r["memory_limit_mb"]) for r in full]
-    add("peak memory over weights + 1.2 layers' activations", "<= 1.0", shares, max, "")
-    return table
+def promises(rows: list[dict[str, str]]) -> cards.Promises:
+    return cards.promises(rows, OURS, GRAPHS)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -436,8 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     ok = run(options, emit)
     missed = []
     if options.check:
-        kept = promises(rows)
-        missed = [f"{what}: {got or 'not measured'}, promised {p}" for what, p, got, met in kept if met != "yes"]
+        missed = cards.missed(promises(rows))
         if missed:
             print("under what is promised: " + "; ".join(missed), file=sys.stderr)
     return 0 if ok and not missed else 1

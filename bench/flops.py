@@ -1,13 +1,8 @@
-"""The arithmetic of a forward pass, and what a card's datasheet promises of it."""
+"""The arithmetic of a forward pass."""
 
 from __future__ import annotations
 
-import torch
-
 import modernbert_lite as ml
-
-# Dense bf16 and fp16, SXM parts, from NVIDIA's datasheets.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
 
 
 def visible_keys(length: int, window_size: tuple[int, int]) -> int:
@@ -37,10 +32,3 @@ def memory_limit(config: ml.ModernBertConfig, tokens: int, itemsize: int, weight
     """Bytes: the weights and 1.2 x what one attention block and one MLP block write, each tensor counted once: norm C,
     qkv 3C, attention C, Wo C, residual C; norm C, Wi 2N, GeGLU N, Wo C, residual C."""
     return weights + int(1.2 * tokens * (9 * config.hidden_size + 3 * config.intermediate_size) * itemsize)
-
-
-def peak_flops(card: str, dtype: torch.dtype) -> float | None:
-    """The datasheet's, None where it isn't known here."""
-    if dtype not in (torch.bfloat16, torch.float16) or "PCIe" in card or "NVL" in card:
-        return None
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)

@@ -128,7 +128,7 @@ FOLDERS = [
 INSIDE = {
     "ops": [
         {"tracing"},
-        {"choose", "onednn", "padded", "threads", "windows"},
+        {"choose", "onednn", "threads", "windows"},
         {"rope"},
         {"reference"},
         {"linear", "pooling"},
@@ -153,7 +153,8 @@ INSIDE = {
     ],
     "cli": [{"console"}, {"inputs", "outputs"}, {"about", "writers"}, {"commands"}],
 }
-ASIDE = {"ops.cpu": {"ops.choose"}, "ops.gpu": {"ops.choose", "ops.graphs"}, "kernels": {"ops.gpu"}}
+ASIDE = {"ops.cpu": {"ops.choose"}, "ops.gpu": {"ops.choose", "ops.graphs"}, "ops.padded": {"ops.gpu"}}
+ASIDE |= {"kernels": {"ops.gpu"}}
 
 
 def ranks(rows: list[set[str]]) -> dict[str, int]:

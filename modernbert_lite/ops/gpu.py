@@ -178,13 +178,13 @@ def attention(
     coarse: bool = False,
 ) -> Tensor | None:
     """By the kernel; with a gradient, or where the kernel doesn't run, by torch's varlen_attn if that takes qkv, else
-    padded if texts are short."""
+    padded, if texts are short."""
     whole = batch.key_seqlens is None
     if can_attend(qkv) and not wants_gradient(qkv) and (whole or not torch.compiler.is_compiling()):
         attend: Callable[..., Tensor | None] = _kernel_attention
     elif whole and batch.max_seqlen > 0 and has_varlen_attn(qkv):
         attend = _varlen_attention
-    elif batch.max_seqlen > padded.SHORT or torch.compiler.is_compiling():
+    elif torch.compiler.is_compiling():
         return None
     else:
         attend = padded.attention

@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import PackedBatch, to_device
+from . import reference
 
 SHORT = 512  # tokens: of longer texts, padding would cost more than the calls that it saves
 _MOST = 1 << 16  # padded tokens a call, so that masks stay below 32 MB
 
 
 def attention(qkv: Tensor, heads: int, batch: PackedBatch, window_size: tuple[int, int]) -> Tensor:
-    """`reference.attention` with one call for neighbouring texts, where the reference makes one for each length and
-    each 64 queries."""
+    """`reference.attention` with one call for neighbouring short texts, where the reference makes one for each length
+    and each 64 queries. Long texts are left to the reference."""
+    if sum(batch.seqlens) != len(qkv):
+        raise ValueError(f"the batch's seqlens add up to {sum(batch.seqlens)}; the tensor has {len(qkv)} tokens")
     parts, begin = [qkv[:0, :heads]], 0
     for first, last in groups(batch.seqlens):
-        end = begin + sum(batch.seqlens[first:last])
-        parts.append(_attend(qkv[begin:end], heads, _masks(batch, first, last, window_size)))
-        begin = end
+        lengths, keys = batch.seqlens[first:last], batch.key_seqlens and batch.key_seqlens[first:last]
+        part = qkv[begin : begin + sum(lengths)]
+        if max(lengths) > SHORT:
+            some = replace(batch, seqlens=lengths, key_seqlens=keys, max_seqlen=max(lengths))
+            parts.append(reference.attention.reference(part, heads, some, window_size))  # type: ignore[attr-defined]
+        else:
+            parts.append(_attend(part, heads, _masks(batch, first, last, window_size)))
+        begin += len(part)
     return torch.cat(parts)
 
 
 def groups(seqlens: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """[first, last) of neighbouring sequences. Padding at most doubles the tokens of a group.
+    """[first, last) of neighbouring sequences. Padding at most doubles the tokens of a group. A long one is alone.
 
     [64, 60, 9, 9, 9, 8] -> (0, 4), (4, 6)
     """
     first = longest = total = 0
     for i, n in enumerate(seqlens):
         longest, total = max(longest, n), total + n
-        if i > first and (i + 1 - first) * longest > min(2 * total, _MOST):
+        full = (i + 1 - first) * longest > min(2 * total, _MOST) or longest > SHORT
+        if full and total > n:  # what is before it has tokens
             yield first, i
             first, longest, total = i, n, n
     if total:

@@ -11,6 +11,7 @@ from modernbert_lite.ops import gpu, padded
 from modernbert_lite.ops.reference import attention
 
 LENGTHS = [[70, 66, 64, 3], [1], [130, 5, 0, 7, 120, 1], [0, 3, 0], [512, 500, 8, 8, 8], [9] * 20]
+LENGTHS += [[0, 0, 5], [0, 0, 0, 5, 70], [5, 0, 0, 0, 0], [20, 600, 9, 9], [0, 0, 513, 0, 4], [0]]
 WINDOWS = [(-1, -1), (64, 64), (3, 2), (-1, 0), (4, -1), (0, 0)]
 
 
@@ -76,7 +77,7 @@ def test_gradients_are_the_reference_s(window):
 def test_groups_hold_every_text_once_and_are_padded_to_twice_their_tokens_at_most():
     draw = random.Random(0)
     for _ in range(200):
-        lengths = [draw.randint(0, 512) for _ in range(draw.randint(1, 300))]
+        lengths = [draw.choice([0, draw.randint(0, 530)]) for _ in range(draw.randint(1, 300))]
         lengths = lengths if draw.random() < 0.5 else sorted(lengths, reverse=True)
         found = list(padded.groups(lengths))
         held = [i for first, last in found for i in range(first, last)]
@@ -84,9 +85,11 @@ def test_groups_hold_every_text_once_and_are_padded_to_twice_their_tokens_at_mos
         assert not any(lengths[len(held) :])  # none is left over but empty ones
         for first, last in found:
             part = lengths[first:last]
-            assert len(part) == 1 or len(part) * max(part) <= min(2 * sum(part), 1 << 16)
+            full = sum(n > 0 for n in part) == 1  # a text that is alone, but for empty ones
+            assert full or (len(part) * max(part) <= min(2 * sum(part), 1 << 16) and max(part) <= 512)
     assert list(padded.groups([64, 60, 9, 9, 9, 8])) == [(0, 4), (4, 6)]
     assert list(padded.groups([0, 0])) == []
+    assert list(padded.groups([600, 600, 5, 4])) == [(0, 1), (1, 2), (2, 4)]
 
 
 @pytest.fixture
@@ -120,7 +123,16 @@ def test_masks_are_made_once_for_all_layers_of_a_kind(calls):
     assert len(batch.cache) == 2
 
 
-def test_a_long_text_is_left_to_the_reference(calls):
-    lengths = [513, 5]
-    assert gpu.attention(qkv_of(lengths), 2, batch_of(lengths), (64, 64)) is None
-    assert not calls
+def test_a_long_text_is_left_to_the_reference_and_short_ones_beside_it_are_not(calls):
+    lengths = [600, *range(40, 60)]
+    attention.reference(qkv_of(lengths[:1]), 2, batch_of(lengths[:1]), (64, 64))
+    alone = len(calls)
+    calls.clear()
+    got = gpu.attention(qkv_of(lengths), 2, batch_of(lengths), (64, 64))
+    assert len(calls) == alone + 1
+    assert torch.allclose(got, attention.reference(qkv_of(lengths), 2, batch_of(lengths), (64, 64)), atol=1e-5)
+
+
+def test_lengths_must_add_up():
+    with pytest.raises(ValueError, match="seqlens add up to 5; the tensor has 6 tokens"):
+        padded.attention(qkv_of([6]), 2, batch_of([5]), (-1, -1))

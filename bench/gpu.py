@@ -1,12 +1,13 @@
 """The whole suite on whatever GPU is here, within some minutes, from the checkout alone:
 
-    python -m bench.gpu --out DIR [--minutes 9] [--skip-tests]
+    python -m bench.gpu --out DIR [--minutes 9] [--skip-tests] [--anyway]
     python -m bench.gpu --out DIR --smoke    # the same machinery on any CPU, with tiny shapes
 
 Leaves in DIR: encode_gpu.csv, gte_gpu.csv, kernels_gpu.csv, tune_gpu.csv (launch parameters), strings_gpu.csv,
 report.md, roofline.svg, sections.log, and tests.log unless the tests are left out. Each section is a process of its own
 with a share of the time that is left: one that crashes or hangs costs only itself. What is known is written every two
-seconds, so that a run that is killed leaves what it had.
+seconds, so that a run that is killed leaves what it had. The first section asks whether the numbers are right
+(bench/right.py). If they aren't, nothing is timed, unless --anyway is given.
 Exit status: 0; 1 if a section failed or numbers were wrong; 2 without a GPU.
 """
 
@@ -33,7 +34,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 KERNELS = ("attention", "rope", "geglu", "layer_norm", "pooling")
 # Of these the ones marked gpu; the others in them can run on a card, too, with TRITON_INTERPRET=0, but not in minutes.
-TESTS = ("tests/kernels/test_*.py", "tests/ops/test_graphs.py", "tests/ops/test_gpu*.py")
+TESTS = ("tests/kernels/test_*.py", "tests/ops/test_gpu*.py", "tests/ops/test_float8.py")
+RIGHT = "is it right?"
 SIZES = (32_768, 8_192, 131_072, 1_024)  # tokens in a kernel's batch: what is promised is of the first
 TABLES = ("encode", "gte", "kernels", "tune", "strings")
 
@@ -89,8 +91,9 @@ def plan(smoke: bool, skip_tests: bool) -> list[Section]:
         ]
         first = Section("tests", 9, [*pytest, "-v"], 180, "tests.log")  # -v: a test that hangs has its name in the log
     own = [sys.executable, "-m", "bench.gpu", *(["--smoke"] if smoke else []), "--section"]
+    right = Section(RIGHT, 3, [*own, "right"], 90)
     sections = [Section(name, weight, [*own, *words]) for name, weight, words in parts]
-    return sections if skip_tests or not tests else [first, *sections]
+    return [right, *([] if skip_tests or not tests else [first]), *sections]
 
 
 def test_files() -> list[str]:
@@ -113,6 +116,13 @@ def section(kind: str, words: Sequence[str], smoke: bool) -> int:
 
         say(ceilings=ceilings()._asdict())
         return 0
+    if kind == "right":
+        from bench import right
+
+        found = right.wrong(smoke)
+        for what in found:
+            say(failure=f"wrong: {what}")
+        return 1 if found else 0
     if kind == "encode":
         return encode([*words, "--seconds", str(left)])
     if kind == "strings":
@@ -208,8 +218,8 @@ class Findings:
             self.failures += [said["failure"]] if "failure" in said else []
 
 
-def run(sections: Sequence[Section], out: Path, seconds: float, smoke: bool) -> Findings:
-    """Runs them one after another and writes what they find into `out` meanwhile."""
+def run(sections: Sequence[Section], out: Path, seconds: float, smoke: bool, anyway: bool = False) -> Findings:
+    """Runs them one after another and writes what they find into `out` meanwhile. anyway: also if numbers are wrong."""
     findings, ends = Findings(), time.monotonic() + seconds
     for name in TABLES:
         (out / f"{name}_gpu.csv").unlink(missing_ok=True)  # an older run's would look like this one's
@@ -233,6 +243,9 @@ def run(sections: Sequence[Section], out: Path, seconds: float, smoke: bool) -> 
         how = "ok" if code == 0 else f"stopped at its limit of {limit:.0f} s" if code is None else f"exit {code}"
         findings.status[part.name] = f"{how}, {time.monotonic() - begun:.0f} s"
         print(f"{part.name}: {findings.status[part.name]}", flush=True)
+        if part.name == RIGHT and code != 0 and not anyway:
+            findings.failures.append("the numbers are wrong, or could not be had: nothing was timed (see sections.log)")
+            break
     heard([])
     return findings
 
@@ -342,7 +355,7 @@ def report(findings: Findings, out: Path, smoke: bool) -> str:
     from bench import bench_encode_gpu, bench_gte, bench_strings, tables
 
     title = "Smoke run: tiny shapes on a CPU, no measurements" if smoke else "On a GPU"
-    lines = [f"# {title}", "", machine(findings), ""]
+    lines = [f"# {title}", "", machine(findings), "", f"Is it right? {findings.status.get(RIGHT, 'not asked')}", ""]
     if found := findings.ceilings:
         products = ", ".join(f"{k} {v / 1e12:.0f} TFLOP/s" for k, v in found.items() if k != "copy")
         lines += [f"Measured ceilings: copy {found['copy'] / 1e12:.2f} TB/s read and written; products {products}.", ""]
@@ -388,6 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--anyway", action="store_true", help="time also what gives wrong numbers")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU: does it all hang together?")
     args = parser.parse_args(argv)
     import torch
@@ -399,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out.resolve()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the section that runs is ended too
     sections = plan(args.smoke, args.skip_tests)
-    return summary(run(sections, out, 60 * args.minutes - 10, args.smoke), out, args.smoke)
+    return summary(run(sections, out, 60 * args.minutes - 10, args.smoke, args.anyway), out, args.smoke)
 
 
 if __name__ == "__main__":

@@ -317,7 +317,8 @@ def test_no_kernel_is_left_out(compiled, target):
         names.remove("_attention_kernel")
     for dtype in ("float16",) if target in OLD else ("bfloat16", "float16", "float32"):
         cases = [case for case in CASES if (case.target, case.dtype) == (target, dtype)]
-        assert {kernel["kernel"] for case in cases for kernel in kernels_of(compiled, case)} == names
+        left_out = set() if (target, dtype) == ("sm_90", "bfloat16") else {"_quantize_kernel"}  # of 8-bit floats
+        assert {kernel["kernel"] for case in cases for kernel in kernels_of(compiled, case)} == names - left_out
 
 
 @each(vectors=True)

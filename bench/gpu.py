@@ -4,10 +4,10 @@
     python -m bench.gpu --out DIR --smoke    # the same machinery on any CPU, with tiny shapes
 
 Leaves in DIR: encode_gpu.csv, gte_gpu.csv, kernels_gpu.csv, tune_gpu.csv (launch parameters), strings_gpu.csv,
-report.md, roofline.svg, sections.log, and tests.log unless the tests are left out. Each section is a process of its own
-with a share of the time that is left: one that crashes or hangs costs only itself. What is known is written every two
-seconds, so that a run that is killed leaves what it had. The first section asks whether the numbers are right
-(bench/right.py). If they aren't, nothing is timed, unless --anyway is given.
+report.md, roofline.svg and sections.log. Each section is a process of its own with a share of the time that is left:
+one that crashes or hangs costs only itself. What is known is written every two seconds, so that a run that is killed
+leaves what it had. The first section asks whether the numbers are right (bench/right.py). If they aren't, nothing is
+timed, unless --anyway is given.
 Exit status: 0; 1 if a section failed or numbers were wrong; 2 without a GPU.
 """
 
@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 KERNELS = ("attention", "rope", "geglu", "layer_norm", "pooling")
 # Of these the ones marked gpu; the others in them can run on a card, too, with TRITON_INTERPRET=0, but not in minutes.
 TESTS = ("tests/kernels/test_*.py", "tests/ops/test_gpu*.py", "tests/ops/test_float8.py")
-RIGHT = "is it right?"
+RIGHT, LOG = "is it right?", "sections.log"
 SIZES = (32_768, 8_192, 131_072, 1_024)  # tokens in a kernel's batch: what is promised is of the first
 TABLES = ("encode", "gte", "kernels", "tune", "strings")
 
@@ -46,7 +47,6 @@ class Section:
     weight: float  # its share of what is left, beside those that follow
     command: list[str]
     longest: float = 600  # seconds
-    log: str = "sections.log"
 
 
 def plan(smoke: bool, skip_tests: bool) -> list[Section]:
@@ -72,7 +72,7 @@ def plan(smoke: bool, skip_tests: bool) -> list[Section]:
         parts = [("encode", 2, tiny), ("kernels", 2, ["kernels", *KERNELS]), ("tune", 1, ["tune", "attention"])]
         parts += [("strings", 1, ["strings", "--smoke", "--no-peer"])]
         parts += [("gte", 1, ["gte", "--smoke", "--cases", "8x128", "--repeats", "1"])]
-        first = Section("tests", 1, [*pytest, "-q", "--collect-only"], log="tests.log")
+        first = Section("tests", 1, [*pytest, "-q", "--collect-only"])
     else:
         main, more = ["--batch-tokens", "32768", "4096", "131072"], ["--batch-tokens", "16384", "8192", "65536"]
         fixed = ["--cases", "128", "512", "2048", "8192", "ragged"]
@@ -89,9 +89,9 @@ def plan(smoke: bool, skip_tests: bool) -> list[Section]:
             ("torch.compile, kernels", 0.7, ["compiled", *KERNELS[1:]]),
             ("torch.compile, encode", 1, ["encode", "--compile", "--cases", "512", "2048", *main[:2]]),
         ]
-        first = Section("tests", 9, [*pytest, "-v"], 180, "tests.log")  # -v: a test that hangs has its name in the log
+        first = Section("tests", 9, [*pytest, "-v"], 180)  # -v: a test that hangs has its name in the log
     own = [sys.executable, "-m", "bench.gpu", *(["--smoke"] if smoke else []), "--section"]
-    right = Section(RIGHT, 3, [*own, "right"], 90)
+    right = Section(RIGHT, 3, [*own, "right"], 60)
     sections = [Section(name, weight, [*own, *words]) for name, weight, words in parts]
     return [right, *([] if skip_tests or not tests else [first]), *sections]
 
@@ -223,8 +223,7 @@ def run(sections: Sequence[Section], out: Path, seconds: float, smoke: bool, any
     findings, ends = Findings(), time.monotonic() + seconds
     for name in TABLES:
         (out / f"{name}_gpu.csv").unlink(missing_ok=True)  # an older run's would look like this one's
-    for log in ("sections.log", "tests.log"):
-        (out / log).unlink(missing_ok=True)
+    (out / LOG).unlink(missing_ok=True)
 
     def heard(lines: list[str]) -> None:
         findings.take(lines)
@@ -239,7 +238,7 @@ def run(sections: Sequence[Section], out: Path, seconds: float, smoke: bool, any
         findings.status[part.name] = "running"
         heard([])
         known = {"BENCH_CEILINGS": json.dumps(findings.ceilings)} if findings.ceilings else {}
-        code = follow(part, limit, out / part.log, smoke, heard, known)
+        code = follow(part, limit, out / LOG, smoke, heard, known)
         how = "ok" if code == 0 else f"stopped at its limit of {limit:.0f} s" if code is None else f"exit {code}"
         findings.status[part.name] = f"{how}, {time.monotonic() - begun:.0f} s"
         print(f"{part.name}: {findings.status[part.name]}", flush=True)
@@ -327,8 +326,10 @@ def machine(findings: Findings) -> str:
 
 def promised(findings: Findings) -> list[tuple[str, str, str, str]]:
     """(what, promised, measured or "", "yes", "no" or "") of the whole model and of the kernels."""
-    from bench import bench_encode_gpu, bench_gte
+    from bench import bench_encode_gpu, bench_gte, cards
 
+    card = next((row.get("card") for name in TABLES for row in findings.rows[name]), None)
+    told = None if card is None or card in cards.CARDS else f"none for this card ({card})"
     table = bench_encode_gpu.promises(findings.rows["encode"])
     table.append(bench_gte.promise(findings.rows["gte"]))
     for name in KERNELS:
@@ -346,8 +347,8 @@ def promised(findings: Findings) -> list[tuple[str, str, str, str]]:
                 and row[p.column] != ""
             ]
             what = f"{name}, {p.case}, from {p.tokens:,} tokens: {p.column}"
-            met = ("yes" if min(held) >= p.least else "no") if held else ""
-            table.append((what, f">= {p.least:.3g}", f"{min(held):g}" if held else "", met))
+            met = ("yes" if min(held) >= p.least else "no") if held and not told else ""
+            table.append((what, told or f">= {p.least:.3g}", f"{min(held):g}" if held else "", met))
     return table
 
 
@@ -356,6 +357,7 @@ def report(findings: Findings, out: Path, smoke: bool) -> str:
 
     title = "Smoke run: tiny shapes on a CPU, no measurements" if smoke else "On a GPU"
     lines = [f"# {title}", "", machine(findings), "", f"Is it right? {findings.status.get(RIGHT, 'not asked')}", ""]
+    lines += [f"- {failure}" for failure in findings.failures if failure.startswith("wrong: ")]
     if found := findings.ceilings:
         products = ", ".join(f"{k} {v / 1e12:.0f} TFLOP/s" for k, v in found.items() if k != "copy")
         lines += [f"Measured ceilings: copy {found['copy'] / 1e12:.2f} TB/s read and written; products {products}.", ""]
@@ -374,10 +376,11 @@ def report(findings: Findings, out: Path, smoke: bool) -> str:
 
 def tests_summary(out: Path) -> str:
     """pytest's last line."""
-    log = out / "tests.log"
-    said = [line for line in log.read_text().splitlines() if line.strip()] if log.exists() else []
-    if said:
-        return said[-1]
+    log = (out / LOG).read_text() if (out / LOG).exists() else ""
+    _, *parts = re.split(r"^==== (.*), at most \d+ s$", log, flags=re.MULTILINE)  # name, what it said, name, ..
+    said = dict(zip(parts[::2], parts[1::2], strict=True)).get("tests", "").split("\n")
+    if lines := [line for line in said if line.strip()]:
+        return lines[-1]
     return "not run" if importlib.util.find_spec("pytest") else "not run: pytest is not installed"
 
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 import modernbert_lite as ml
+from modernbert_lite.ops import gpu
 from modernbert_lite.ops import reference as ops
+from modernbert_lite.ops.linear import has_float8
 from modernbert_lite.ops.rope import Rope, rope_table
 
 SMALLEST = 1e-5  # an error that fp32 may always have
@@ -48,7 +50,7 @@ def judge(what: str, got: Tensor, plain: Tensor, exact: Tensor) -> str:
     return f"{what}: off by {error:.2e}, plain torch by {allowed:.2e}"
 
 
-def operations(device: torch.device, smoke: bool) -> dict[str, Callable[[Callable[..., Tensor], Make], Tensor]]:
+def operations(device: torch.device, smoke: bool) -> dict[str, Callable[[Callable[..., Any], Make], Tensor]]:
     """Of odd shapes. Each takes an operation, or its reference, and what makes tensors."""
     lengths = [1, 65, 7] if smoke else [1, 64, 65, 700, 0, 7]
     T, C, H, D = sum(lengths), 96 if smoke else 768, 2 if smoke else 12, 64
@@ -58,28 +60,45 @@ def operations(device: torch.device, smoke: bool) -> dict[str, Callable[[Callabl
     def attention(window: tuple[int, int]) -> Callable[[Callable[..., Tensor], Make], Tensor]:
         return lambda op, new: op(new(T, 3 * H, D), H, batch, window)
 
-    return {
+    whole = ml.pack([[1] * n for n in lengths if n], device)  # no query in an empty text
+
+    rows = whole.cu_seqlens[:-1].long()
+    found: dict[str, Callable[[Callable[..., Any], Make], Tensor]] = {
         "geglu": lambda op, new: op(new(T, 2 * C + 2), "gelu"),
         "layer_norm": lambda op, new: op(new(T, C), new(C), None, 1e-5, new(T, C)),
         "rope": lambda op, new: op(new(T, 3 * H, D), 2 * H, turn),
         "attention local": attention((64, 64)),
         "attention global": attention((-1, -1)),
+        "row_attention": lambda op, new: op(new(len(rows), H, D), new(T, 2 * H, D), rows, whole),
         "mean_pool": lambda op, new: op(new(T, C), batch),
     }
+    if device.type == "cuda":
+        found["linear"] = lambda op, new: op(new(T, C), new(C + 8, C), None, new(T, C + 8))
+    if has_float8(device):
+        found["to_float8"] = lambda op, new: (lambda x, scale: x.float() * scale)(*op(new(T, C)))
+    return found
 
 
 def wrong_operations(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[str]:
     for name, run in operations(device, smoke).items():
         op: Any = getattr(ops, name.split()[0])
+        twin, declined = gpu.TWINS[op.__name__], []
+
+        def kernel(*args: Any, twin: Any = twin, op: Any = op, declined: list[int] = declined) -> Any:
+            y = twin(*args)
+            if y is None:
+                declined.append(1)
+            return op.reference(*args) if y is None else y
+
         results = []
-        for call, computes in ((op, dtype), (op.reference, dtype), (op.reference, torch.float64)):
+        for call, computes in ((kernel, dtype), (op.reference, dtype), (op.reference, torch.float64)):
             generator = torch.Generator().manual_seed(0)
 
             def new(*shape: int, g: torch.Generator = generator, to: torch.dtype = computes) -> Tensor:
                 return torch.randn(shape, generator=g).to(dtype).to(device, to)
 
             results.append(run(call, new))
-        yield judge(f"{name} in {dtype}", *results)
+        yield f"{name} in {dtype}: its kernel did not run" if declined else judge(f"{name} in {dtype}", *results)
 
 
 def wrong_networks(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[str]:
@@ -105,6 +124,8 @@ def wrong_networks(device: torch.device, dtype: torch.dtype, smoke: bool) -> Ite
         graphed = ml.Graphed(model)
         for _ in range(3):
             replayed = graphed(batch)
+        if not graphed._graphs:
+            yield f"no graph was captured in {dtype}"
         yield judge(f"a replayed graph in {dtype}", replayed, plain, truth)
 
 

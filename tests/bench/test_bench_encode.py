@@ -359,11 +359,45 @@ def test_nothing_is_timed_if_numbers_are_wrong(tmp_path, anyway):
     assert gpu.summary(findings, tmp_path, smoke=True) == 1
 
 
+def test_the_last_line_of_the_tests_is_told(tmp_path):
+    from bench import gpu
+
+    assert gpu.tests_summary(tmp_path) == "not run"
+    tests = saying("print('==== 7 passed in 1.00s ====')", {})
+    other = saying("print('something else')", {})
+    gpu.run([gpu.Section("tests", 1, tests), gpu.Section("other", 1, other)], tmp_path, 30, smoke=True)
+    assert gpu.tests_summary(tmp_path) == "==== 7 passed in 1.00s ===="
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_kernels_have_no_promise_on_other_cards_either():
+    from bench import gpu
+
+    findings, row = gpu.Findings(), sample_kernel("geglu", "base", 32768, "triton")
+    for card, met in (("NVIDIA H200", {"yes", "no"}), ("NVIDIA L40S", {""})):
+        findings.rows["kernels"] = [row | {"card": card, "fraction": "0.5", "dtype": "bfloat16"}]
+        kept = [line for line in gpu.promised(findings) if line[0].startswith("geglu, base, ")]
+        assert {line[3] for line in kept} <= met
+        assert all(line[1].startswith("none for" if met == {""} else ">=") for line in kept)
+
+
 def test_what_is_right_is_told_from_what_is_wrong(monkeypatch, capsys):
     pytest.importorskip("triton")
     from bench import right
     from modernbert_lite.ops import gpu
 
+    assert right.main(["--smoke"]) == 0
+    row_attention = gpu.TWINS["row_attention"]
+    with monkeypatch.context() as one:
+        one.setitem(gpu.TWINS, "row_attention", lambda *args: row_attention(*args) * 1.02)
+        one.setitem(gpu.TWINS, "mean_pool", lambda *args: None)
+        assert right.main(["--smoke"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said[1:3]] == [
+        "row_attention in torch.float32",
+        "mean_pool in torch.float32",
+    ]
+    assert said[2].endswith("its kernel did not run")
     assert right.main(["--smoke"]) == 0
     geglu = gpu.TWINS["geglu"]
     monkeypatch.setitem(gpu.TWINS, "geglu", lambda *args: geglu(*args) * 1.01)

@@ -266,7 +266,6 @@ def test_the_run_on_a_gpu_has_its_rows(bench, seconds, monkeypatch, tmp_path):
     findings = gpu.Findings()
     findings.take((tmp_path / "lines").read_text().splitlines())
     assert [row["provider"] for row in findings.rows["gte"]] == [bench.GTE, bench.MODERNBERT, bench.THEIRS]
-    (tmp_path / "tests.log").write_text("")
     gpu.write(findings, tmp_path, smoke=False)
     assert len(bench.records.read_csv(tmp_path / "gte_gpu.csv")) == 3
     assert "| smoke | 8x128 | 1,024 | float32 |" in (tmp_path / "report.md").read_text()

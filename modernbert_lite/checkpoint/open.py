@@ -12,7 +12,7 @@ from ..models.fields import Config
 from ..models.registry import network_class, read_config, use
 from ..ops.linear import FLOAT8, has_float8
 from ..ops.threads import set_threads
-from ..reading import DTYPES, CheckpointError, OptionError
+from ..reading import DTYPES, CheckpointError, OptionError, warn
 from .folder import Folder
 from .hub import find_checkpoint
 from .sentence import length_limit, read_sentence_config
@@ -159,6 +159,8 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
         raise OptionError(f"dtype is {dtype!r}; it must be one of {', '.join(known)}")
     if picked == torch.int8 and device.type != "cpu":
         raise OptionError(f"dtype 'int8' is for the CPU, and the device is {str(device)!r}: use bfloat16 or float16")
-    if picked == FLOAT8 and device.type != "cpu" and not has_float8(device):
+    if picked == FLOAT8 and device.type == "cpu":
+        warn("dtype 'float8' is slow on a CPU: it is there to see what a card's numbers lose; int8 is fast")
+    elif picked == FLOAT8 and not has_float8(device):
         raise OptionError("dtype 'float8' needs an NVIDIA card from Ada or Hopper on: use bfloat16 or float16")
     return picked

@@ -16,6 +16,7 @@ from modernbert_lite.ops import linear
 from modernbert_lite.ops.linear import FLOAT8, Float8Linear, Linear
 from modernbert_lite.ops.reference import geglu, layer_norm, to_float8
 
+pytestmark = pytest.mark.filterwarnings("ignore:dtype 'float8' is slow on a CPU:UserWarning")
 E4M3 = sorted({float(x) for x in torch.arange(256, dtype=torch.uint8).view(FLOAT8).float() if x == x})
 
 
@@ -150,6 +151,11 @@ def test_embeddings_of_the_bundled_model_are_near_fp32():
     cosines = (exact * got).sum(1)
     assert 0.995 <= cosines.min() < 0.99999
     assert abs(got - [embedder.encode(text) for text in texts]).max() <= 1e-5
+
+
+def test_a_warning_says_that_it_is_slow_on_a_cpu():
+    with pytest.warns(UserWarning, match="'float8' is slow on a CPU"):
+        ml.Embedder.from_pretrained("tiny", device="cpu", dtype="float8")
 
 
 def test_sides_that_sixteen_does_not_divide_stay_as_they_are(make_checkpoint):

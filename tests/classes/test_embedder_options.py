@@ -174,8 +174,8 @@ def test_bad_options_are_refused():
         Embedder.from_pretrained("tiny", batch_tokens=0)
     with pytest.raises(ValueError, match="max_seq_length is 2; it must be over 3"):
         Embedder.from_pretrained("tiny", max_seq_length=2)
-    with pytest.raises(ValueError, match="dtype is 'float8'; it must be one of float32, float16, bfloat16"):
-        Embedder.from_pretrained("tiny", dtype="float8")
+    with pytest.raises(ValueError, match="dtype is 'float4'; it must be one of float32, float16, bfloat16"):
+        Embedder.from_pretrained("tiny", dtype="float4")
     with pytest.raises(ValueError, match="device 'gpu' can't be used"):
         Embedder.from_pretrained("tiny", device="gpu")
     with pytest.raises(TypeError, match="batch_size"):
@@ -360,7 +360,7 @@ def test_options_of_other_libraries_are_answered_with_ours(option, hint):
 
 
 def test_bad_options_are_option_errors():
-    for options in ({"on_long": "cut"}, {"batch_tokens": 0}, {"dtype": "float8"}, {"truncate_dim": 0}):
+    for options in ({"on_long": "cut"}, {"batch_tokens": 0}, {"dtype": "float4"}, {"truncate_dim": 0}):
         with pytest.raises(ml.OptionError):
             Embedder.from_pretrained("tiny", device="cpu", **options)
     with pytest.raises(ml.OptionError, match="precision is 'int4'"):

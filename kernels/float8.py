@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_rows, launch
+from .launch import check_rows, launch, row_shape
 
 _MAX_WIDTH = 8192
 
@@ -18,8 +18,9 @@ def _quantize_kernel(x, numbers, scale, T, C, stride, ROWS: tl.constexpr, BLOCK:
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < T)[:, None] & (column < C)
     v = tl.load(x + row.to(tl.int64)[:, None] * stride + column, mask=inside, other=0.0).to(tl.float32)
-    # At least so much that a row of zeros stays one.
-    s = tl.maximum(tl.max(tl.abs(v), 1), 1e-30) / 448.0
+    # The largest by its bits, as whole numbers: there NaN is the largest of all, and a maximum of floats would drop it.
+    bits = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    s = tl.maximum(bits, 0x0DA24260).to(tl.float32, bitcast=True) / 448.0  # at least 1e-30: zeros stay zeros
     tl.store(scale + row, s, mask=row < T)
     y = tl.minimum(tl.maximum(v * (1.0 / s)[:, None], -448.0), 448.0)
     tl.store(numbers + row.to(tl.int64)[:, None] * C + column, y.to(numbers.dtype.element_ty), mask=inside)
@@ -33,14 +34,11 @@ def quantize(x: Tensor, *, check: bool = True) -> tuple[Tensor, Tensor]:
     if check and (x.dim() != 2 or not 0 < x.shape[1] <= _MAX_WIDTH):
         raise ValueError(f"x is {tuple(x.shape)}; it must be (T, C), C at most {_MAX_WIDTH}")
     if check:
-        check_rows("no operator", x=x)
+        check_rows("", x=x)
     T, C = x.shape
     numbers = torch.empty((T, C), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((T, 1), dtype=torch.float32, device=x.device)
     if T:
-        block = 1 << (C - 1).bit_length()
-        rows = max(1, min(4, 4096 // block))
-        launch(
-            _quantize_kernel, (-(-T // rows), 1, 1), (x, numbers, scale), (T, C, x.stride(0)), ROWS=rows, BLOCK=block
-        )
+        shape = row_shape(C)
+        launch(_quantize_kernel, (-(-T // shape["ROWS"]), 1, 1), (x, numbers, scale), (T, C, x.stride(0)), **shape)
     return numbers, scale

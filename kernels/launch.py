@@ -1,5 +1,6 @@
 """What the kernels share: a launch that is bound once, and the checks of what no kernel takes."""
 
+import functools
 from itertools import pairwise
 from typing import Any
 
@@ -56,10 +57,19 @@ def launch(
     return None
 
 
+@functools.cache
+def row_shape(C: int) -> dict[str, int]:
+    """Rows per program, and warps, of a kernel that holds whole rows of C numbers: one warp for a row of up to 2048, so
+    that its sums need no barrier."""
+    BLOCK = triton.next_power_of_2(C)
+    return {"ROWS": 2 if BLOCK <= 1024 else 1, "BLOCK": BLOCK, "num_warps": max(1, BLOCK // 2048)}
+
+
 def check_rows(operator: str, **tensors: Tensor | None) -> None:
     """Raises ValueError for tensors (rows, .., numbers) that no kernel takes. None is allowed. operator: the name of
-    what has a gradient."""
+    what has a gradient, if anything has."""
     given = {name: x for name, x in tensors.items() if x is not None}
+    advice = f"use {operator}, or no_grad" if operator else "use no_grad"
     for name, x in given.items():
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise ValueError(f"{name} has dtype {x.dtype}; it must be float16, bfloat16 or float32")
@@ -68,7 +78,7 @@ def check_rows(operator: str, **tensors: Tensor | None) -> None:
         if max(x.numel(), len(x) * x.stride(0)) >= 2**31:
             raise ValueError(f"{name} spans {len(x)} rows of {x.stride(0)} elements, 2^31 or more; split the batch")
         if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(f"{name} requires a gradient, which this function has none of: use {operator}, or no_grad")
+            raise ValueError(f"{name} requires a gradient, which this function has none of: {advice}")
     check_devices(**given)
 
 

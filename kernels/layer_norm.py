@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_rows, launch
+from .launch import check_rows, launch, row_shape
 
 _MAX_WIDTH = 8192  # a row is held in registers
 
@@ -128,13 +128,6 @@ def _check(weight: Tensor, bias: Tensor | None, **tensors: Tensor | None) -> Non
 
 
 @functools.cache
-def _shape(C: int) -> dict[str, int]:
-    """Rows per program, and warps: one warp for a row of up to 2048, so that its sums need no barrier."""
-    BLOCK = triton.next_power_of_2(C)
-    return {"ROWS": 2 if BLOCK <= 1024 else 1, "BLOCK": BLOCK, "num_warps": max(1, BLOCK // 2048)}
-
-
-@functools.cache
 def _backward_shape(C: int) -> dict[str, int]:
     """The backward pass holds six arrays of rows, and takes more warps for them: 4 rows, fewer if they are wide."""
     BLOCK = triton.next_power_of_2(C)
@@ -183,7 +176,7 @@ def _forward(
     total: Tensor | None,
 ) -> None:
     T, C = x.shape
-    shape = _shape(C)
+    shape = row_shape(C)
     if T:
         other = x if residual is None else residual
         launch(

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from modernbert_lite.kernels.float8 import quantize
+from modernbert_lite.ops.linear import has_float8
 from modernbert_lite.ops.reference import to_float8
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,12 +49,23 @@ def test_rows_may_lie_apart_and_a_row_of_zeros_stays_one():
     assert (scale > 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, in the interpreter
+def test_a_number_that_is_not_finite_is_not_hidden():
+    x = e4m3_rows(4, 40, torch.bfloat16)
+    x[1, 3], x[2, 39] = float("nan"), float("-inf")
+    numbers, scale = quantize(x)
+    finite = (numbers.float() * scale).isfinite()
+    assert finite[[0, 3]].all()
+    assert not finite[[1, 2]].any(1).any()
+    assert scale[[0, 3]].equal(to_float8.reference(x[[0, 3]])[1])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device and TRITON_INTERPRET=0")
 @pytest.mark.parametrize("C", [31, 768, 1792])
 def test_a_card_rounds_to_the_nearest(C):
     """The reciprocal of a scale may differ in its last place, and move a few numbers that lie between two."""
-    if torch.cuda.get_device_capability() < (8, 9):
+    if not has_float8(torch.device("cuda")):
         pytest.skip("this card has no 8-bit floats")
     x = torch.randn(1000, C, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     (numbers, scale), (expected, scales) = quantize(x), to_float8.reference(x)
@@ -76,3 +88,8 @@ def test_a_card_rounds_to_the_nearest(C):
 def test_what_it_refuses(x, message):
     with pytest.raises(ValueError, match=message):
         quantize(x.to(DEVICE))
+
+
+def test_it_has_no_gradient_and_says_so():
+    with pytest.raises(ValueError, match=r"which this function has none of: use no_grad$"):
+        quantize(torch.ones(2, 3, device=DEVICE, requires_grad=True))

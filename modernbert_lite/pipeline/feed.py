@@ -289,10 +289,10 @@ class _Failed(NamedTuple):
 
 
 def _kept_errors(items: Iterable[Item]) -> Iterator[Item | _Failed]:
-    """The items, and at their end the error that reading them raised."""
+    """The items, and at their end the error that reading them raised. (GeneratorExit is none: it is the end.)"""
     try:
         yield from items
-    except Exception as error:  # noqa: BLE001  it is raised in its turn
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001  it is raised in its turn
         yield _Failed(error)
 
 

@@ -305,10 +305,14 @@ def test_scores_that_were_finished_are_kept_as_they_would_be_given(models, monke
     assert caught.value.finished.dtype == np.float32
 
 
-@pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyboardInterrupt("stop"), KeyError("row")])
-def test_an_iterable_s_own_error_comes_as_it_is_with_what_was_finished(tiny, monkeypatch, error):
+@pytest.mark.parametrize("ahead", [False, True], ids=["as on a CPU", "as on a card"])
+@pytest.mark.parametrize(
+    "error", [OSError("the disk is gone"), KeyboardInterrupt("stop"), SystemExit("stop"), KeyError("row")]
+)
+def test_an_iterable_s_own_error_comes_as_it_is_with_what_was_finished(tiny, monkeypatch, error, ahead):
     from modernbert_lite.pipeline import feed as pipeline
 
+    monkeypatch.setattr(pipeline, "looks_ahead", lambda device: ahead)
     monkeypatch.setattr(pipeline, "_WINDOW_TEXTS", 2)
 
     def source():

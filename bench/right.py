@@ -10,10 +10,8 @@ plain torch in the same dtype.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,21 +23,10 @@ from modernbert_lite.ops import reference as ops
 from modernbert_lite.ops.linear import has_float8
 from modernbert_lite.ops.rope import Rope, rope_table
 
+from .runner import backend
+
 SMALLEST = 1e-5  # an error that fp32 may always have
 Make = Callable[..., Tensor]
-
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Has `ops` take this one."""
-    before = os.environ.get("MODERNBERT_LITE_BACKEND")
-    os.environ["MODERNBERT_LITE_BACKEND"] = name
-    try:
-        yield
-    finally:
-        del os.environ["MODERNBERT_LITE_BACKEND"]
-        if before is not None:
-            os.environ["MODERNBERT_LITE_BACKEND"] = before
 
 
 def judge(what: str, got: Tensor, plain: Tensor, exact: Tensor) -> str:

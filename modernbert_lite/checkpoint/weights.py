@@ -61,7 +61,7 @@ def load_weights(
     linears = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
     packing = packed and packs(device, dtype)
     # One buffer for all tensors that are packed. A buffer per tensor would leave holes that are too small for the next.
-    # (A card's allocator leaves none.)
+    # On a card no buffer is needed: each tensor goes there at once, and the card's allocator leaves no holes.
     most = max(math.prod(expected[name]) for name in linears) if packing or eight else 0
     buffer = torch.empty(most, dtype=dtype, device="cpu") if device.type == "cpu" else None
     state = {}
@@ -69,11 +69,12 @@ def load_weights(
         # The encoder's layers; a head's are few. In float8 only those that widen: the others end in an addition, which
         # a product in 16 bits does by itself (bench/LOG.md).
         rows, width = expected[name] if name in linears else (0, 0)
-        small = ".layer" in f".{name}" and (eight != FLOAT8 or (rows > width and rows % 16 == width % 16 == 0))
+        widens = rows > width and rows % 16 == width % 16 == 0
+        narrow = eight if ".layer" in f".{name}" and (eight != FLOAT8 or widens) else None
         if name.endswith(_TABLES) and device.type == "cpu" and packed and not tied:
             state[name] = _read_table(*sources[0], dtype, eight is not None)
-        elif name in linears and (packing or (eight and small)):
-            pack(linears[name], _read(sources, device, dtype, buffer), eight if small else None)
+        elif name in linears and (packing or narrow):
+            pack(linears[name], _read(sources, device, dtype, buffer), narrow)
         else:
             state[name] = _read(sources, device, dtype)
     if tied and not torch.equal(state.setdefault(tied[0], state[tied[1]]), state[tied[1]]):

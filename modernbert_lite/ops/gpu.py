@@ -25,26 +25,33 @@ from .tracing import constant, wants_gradient
 NARROW = 64  # up to this length of the longest sequence all tiles are narrow
 
 
-def _tried_once(trial: Callable[..., bool]) -> Callable[..., bool]:
-    """Keeps a trial's answers. While something traces or captures, nothing can be tried, and the answer is yes."""
-    known: dict[Any, bool] = {}
+def _tried_once(possible: Callable[..., bool]) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
+    """Keeps a trial's answers. Nothing is tried where it isn't possible: the answer is no. Nothing can be tried while
+    something traces or captures: the answer is yes."""
 
-    @constant
-    @functools.wraps(trial)
-    def works(device: torch.device, *what: Any) -> bool:
-        key = (device, *what)
-        if key not in known:
-            capturing = device.type == "cuda" and torch.cuda.is_initialized()
-            if torch.compiler.is_compiling() or (capturing and torch.cuda.is_current_stream_capturing()):
-                return True
-            known[key] = trial(device, *what)
-        return known[key]
+    def decorate(trial: Callable[..., bool]) -> Callable[..., bool]:
+        known: dict[Any, bool] = {}
 
-    works.known, works.cache_clear = known, known.clear  # type: ignore[attr-defined]
-    return works
+        @constant
+        @functools.wraps(trial)
+        def works(device: torch.device, *what: Any) -> bool:
+            key = (device, *what)
+            if key not in known:
+                if not possible(device, *what):
+                    return False
+                on_card = device.type == "cuda" and torch.cuda.is_initialized()
+                if torch.compiler.is_compiling() or (on_card and torch.cuda.is_current_stream_capturing()):
+                    return True
+                known[key] = trial(device, *what)
+            return known[key]
+
+        works.cache_clear = known.clear  # type: ignore[attr-defined]
+        return works
+
+    return decorate
 
 
-@_tried_once
+@_tried_once(lambda device: True)
 def works(device: torch.device) -> bool:
     """Whether Triton runs on this device. Triton may be missing, or the C compiler that it needs."""
 
@@ -73,18 +80,15 @@ def has_matrix_units(device: torch.device) -> bool:
     return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@constant
+def _attention_pays(device: torch.device, _: torch.dtype, head_dim: int) -> bool:
+    from ..kernels.attention import HEAD_DIMS
+
+    return head_dim in HEAD_DIMS and has_matrix_units(device)
+
+
+@_tried_once(_attention_pays)
 def attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the attention kernel pays, and runs: a card may have too little shared memory for heads of this size."""
-    if _attention_works.known.get((device, dtype, head_dim)):  # type: ignore[attr-defined]
-        return True
-    from ..kernels import attention as kernel
-
-    return head_dim in kernel.HEAD_DIMS and has_matrix_units(device) and _attention_works(device, dtype, head_dim)
-
-
-@_tried_once
-def _attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     from ..kernels import attention as kernel
 
     def run() -> Tensor:
@@ -276,10 +280,12 @@ def fill_tiles(table: np.ndarray, seqlens: Sequence[int], block: int, tokens: in
     belong to no sequence, which see no key and become zeros, then empty ones."""
     from ..kernels import attention as kernel
 
-    own, rest = kernel.tiles(seqlens, block).numpy(), range(sum(seqlens), tokens, block)
+    own = kernel.tiles(seqlens, block).numpy()
     table[: len(own)] = own
-    table[len(own) :] = 0
-    table[len(own) :][: len(rest), :2] = [(row, tokens) for row in rest] or 0
+    rest, starts = table[len(own) :], range(sum(seqlens), tokens, block)
+    rest[:] = 0
+    rest[: len(starts), 0] = starts
+    rest[: len(starts), 1] = tokens
 
 
 def has_varlen_attn(qkv: Tensor) -> bool:

@@ -209,8 +209,9 @@ class _Device:
         self.done.synchronize()
 
     def room_for(self, result: Tensor) -> Tensor:
-        """Memory for a graph's result. All graphs share it, because a result is copied out of it at once: one each
-        would be 50 MB each. Outgrown, it stays with the graphs that have it."""
+        """Memory for a graph's result. All graphs share one block, because each replay copies its result out of the
+        block at once. A block per graph would cost 50 MB per graph. When a result is larger than the block, a larger
+        block is made. Graphs that were captured before keep the smaller one."""
         if self.room.numel() < result.nbytes:
             self.room = torch.empty(1 << (result.nbytes - 1).bit_length(), dtype=torch.uint8, device=self.device)
         return self.room[: result.nbytes].view(result.dtype).view(result.shape)
@@ -248,8 +249,8 @@ class _Graph:
         shapes["cu_seqlens"] = "int32", sequences + 1
         self.places, size = [], 0  # of each part: its name, its bytes in the buffer, its dtype and shape
         for name, (dtype, *shape) in shapes.items():
-            bytes_ = math.prod(shape) * (8 if dtype == "int64" else 4)
-            self.places.append((name, slice(size, size := size + bytes_), dtype, shape))
+            start, size = size, size + math.prod(shape) * np.dtype(dtype).itemsize
+            self.places.append((name, slice(start, size), dtype, shape))
         with torch.inference_mode(False):  # written to later, in or out of inference mode
             self.buffer = torch.zeros(size, dtype=torch.uint8, device=like.input_ids.device)
         parts = self._parts(self.buffer, torch)

@@ -147,10 +147,10 @@ def _kind(
 
 
 def configurations(kernel: Any, run: Callable[..., Any]) -> dict[str, Any]:
-    built_in = kernel._shape
+    built_in = kernel.row_shape
 
     def with_shape(rows: int, warps: int) -> Callable[..., Any]:
-        return patched(run, kernel, _shape=lambda C: {**built_in(C), "ROWS": rows, "num_warps": warps})
+        return patched(run, kernel, row_shape=lambda C: {**built_in(C), "ROWS": rows, "num_warps": warps})
 
     return {f"ROWS={r} warps={warps}": with_shape(r, warps) for r in (1, 2, 4, 8) for warps in (1, 2, 4, 8)}
 

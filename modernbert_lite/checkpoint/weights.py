@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..models.fields import Config
 from ..ops.choose import FLOATS
-from ..ops.linear import FLOAT8, Linear, pack, packs
+from ..ops.linear import FLOAT8, Linear, narrower, pack, packs
 from ..ops.threads import survive_forks
 from ..reading import CheckpointError, OptionError, printable, shown, warn
 from .folder import Folder, open_safetensors
@@ -52,29 +52,30 @@ def load_weights(
         why = advice(files, model)
         raise CheckpointError(f"{folder.network} doesn't fit its config.json{why}: {'; '.join(problems[:12])}{more}")
 
-    eight = dtype if dtype in (torch.int8, FLOAT8) else None
-    if eight:
-        if not packed:
-            name = "int8" if eight == torch.int8 else "float8"
-            raise OptionError(f"dtype {name!r} is for inference: with packed=False use float32, bfloat16 or float16")
+    narrow = narrower(device, dtype) if packed or dtype in (torch.int8, FLOAT8) else None
+    eight = narrow in (torch.int8, FLOAT8)
+    if eight and not packed:
+        name = "int8" if narrow == torch.int8 else "float8"
+        raise OptionError(f"dtype {name!r} is for inference: with packed=False use float32, bfloat16 or float16")
+    if narrow:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     linears = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
     packing = packed and packs(device, dtype)
     # One buffer for all tensors that are packed. A buffer per tensor would leave holes that are too small for the next.
     # On a card no buffer is needed: each tensor goes there at once, and the card's allocator leaves no holes.
-    most = max(math.prod(expected[name]) for name in linears) if packing or eight else 0
+    most = max(math.prod(expected[name]) for name in linears) if packing or narrow else 0
     buffer = torch.empty(most, dtype=dtype, device="cpu") if device.type == "cpu" else None
     state = {}
     for name, sources in found.items():
-        # The encoder's layers; a head's are few. In float8 only those that widen: the others end in an addition, which
-        # a product in 16 bits does by itself (bench/LOG.md).
+        # 8 bits are for the encoder's layers; a head's are few. In float8 only those that widen: the others end in an
+        # addition, which a product in 16 bits does by itself (bench/LOG.md).
         rows, width = expected[name] if name in linears else (0, 0)
         widens = rows > width and rows % 16 == width % 16 == 0
-        narrow = eight if ".layer" in f".{name}" and (eight != FLOAT8 or widens) else None
+        fits = not eight or (".layer" in f".{name}" and (narrow != FLOAT8 or widens))
         if name.endswith(_TABLES) and device.type == "cpu" and packed and not tied:
-            state[name] = _read_table(*sources[0], dtype, eight is not None)
-        elif name in linears and (packing or narrow):
-            pack(linears[name], _read(sources, device, dtype, buffer), narrow)
+            state[name] = _read_table(*sources[0], dtype, narrow is not None)
+        elif name in linears and (packing or (narrow and fits)):
+            pack(linears[name], _read(sources, device, dtype, buffer), narrow if fits else None)
         else:
             state[name] = _read(sources, device, dtype)
     if tied and not torch.equal(state.setdefault(tied[0], state[tied[1]]), state[tied[1]]):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import onednn
+from . import half, onednn
 from .choose import BACKENDS, backend_for, wanted
 from .reference import ACTIVATIONS, geglu, layer_norm, linear, to_float8
 from .tracing import wants_gradient
@@ -55,7 +55,7 @@ class PackedLinear(Linear):
     is packed. Gradients reach x and the bias, never the weight: `requires_grad_` is a TypeError.
     """
 
-    _packed: Any  # of onednn.pack, or onednn.quantize, or Float8; nothing writes to it
+    _packed: Any  # of onednn.pack, Int8, Half or Float8; nothing writes to it
     _backends: tuple[str, ...] = ("auto", "onednn")
 
     @property
@@ -103,7 +103,7 @@ class PackedLinear(Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         """Called by `to`, `half` and `cuda`. It stays packed if they don't change the weight's device or dtype."""
-        before = torch.empty(0, dtype=self.dtype, device=self._packed[0].device)
+        before = torch.empty(0, dtype=self.dtype, device=getattr(self._packed[0], "device", "cpu"))
         after = fn(before)
         if (after.device, after.dtype) != (before.device, before.dtype):
             self.unpack()
@@ -141,10 +141,8 @@ class PackedLinear(Linear):
         return f"{super().extra_repr()}, {str(self.dtype).removeprefix('torch.')}"
 
 
-class Int8Linear(PackedLinear):
-    """A PackedLinear in 8 bits. Each row of the weight has whole numbers from -127 to 127, and a scale. x is fp32."""
-
-    coarse = True
+class HalfLinear(PackedLinear):
+    """A PackedLinear whose weight has 16 bits, for CPUs that have no fast products of 16 bits by 16. x is fp32."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,17 +154,27 @@ class Int8Linear(PackedLinear):
         return self._packed.dense()
 
     def _fits(self, x: Tensor, *others: Tensor | None) -> bool:
-        return super()._fits(x, *others) and self._packed.numbers.is_mkldnn
+        return super()._fits(x, *others) and self.fast
+
+    @property
+    def fast(self) -> bool:
+        return self._packed.fast
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self._fits(x, residual):
             return linear(x, self.weight, self.bias, residual)
-        return onednn.linear_int8(x, self._packed, self.bias, residual)
+        return self._packed.linear(x, self.bias, residual)
 
     def gated(self, x: Tensor, act: str, swapped: bool = False) -> Tensor:
         if not self._fits(x):
             return geglu(self(x), act, swapped)
-        return onednn.gated_int8(x, self._packed, self.bias, ACTIVATIONS[act], swapped)
+        return self._packed.gated(x, self.bias, ACTIVATIONS[act], swapped)
+
+
+class Int8Linear(HalfLinear):
+    """The same in 8 bits. Each row of the weight has whole numbers from -127 to 127, and a scale."""
+
+    coarse = True
 
 
 class Float8(NamedTuple):
@@ -175,11 +183,19 @@ class Float8(NamedTuple):
     numbers: Tensor  # (M, K) float8_e4m3fn
     scale: Tensor  # (M, 1) fp32
     dtype: torch.dtype
+    fast: bool = True
+
+    def dense(self) -> Tensor:
+        return (self.numbers.float() * self.scale).to(self.dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        y = (_scaled if x.is_cuda else _scaled_in_fp32)(*to_float8(x), self.numbers.t(), self.scale.t(), bias, x.dtype)
+        return y if residual is None else residual + y
 
 
-class Float8Linear(PackedLinear):
-    """A PackedLinear in 8-bit floats, on a card. Weight and x have a scale per row. On the CPU the same numbers are
-    multiplied in fp32: slowly, to see what they cost in accuracy."""
+class Float8Linear(HalfLinear):
+    """The same in 8-bit floats, for a card. Weight and x have a scale per row. A CPU multiplies the same numbers in
+    fp32: slowly, to see what they cost in accuracy."""
 
     _backends = BACKENDS
     gated, normed = Linear.gated, Linear.normed
@@ -188,23 +204,10 @@ class Float8Linear(PackedLinear):
     def dtype(self) -> torch.dtype:
         return self._packed.dtype
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """(M, K), made for each call."""
-        return (self._packed.numbers.float() * self._packed.scale).to(self.dtype)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not self._fits(x, residual):
-            return linear(x, self.weight, self.bias, residual)
-        y = self.part(x, slice(None))
-        return y if residual is None else residual + y
-
     def part(self, x: Tensor, rows: slice) -> Tensor:
-        if not self._fits(x):
-            return super().part(x, rows)
+        numbers, scale, *rest = self._packed
         bias = None if self.bias is None else self.bias[rows]
-        numbers, scale = self._packed.numbers[rows].t(), self._packed.scale[rows].t()
-        return (_scaled if x.is_cuda else _scaled_in_fp32)(*to_float8(x), numbers, scale, bias, x.dtype)
+        return Float8(numbers[rows], scale[rows], *rest).linear(x, bias) if self._fits(x) else super().part(x, rows)
 
 
 def _scaled(x: Tensor, of_x: Tensor, y: Tensor, of_y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -217,18 +220,20 @@ def _scaled_in_fp32(x: Tensor, of_x: Tensor, y: Tensor, of_y: Tensor, bias: Any,
     return (product if bias is None else product + bias).to(dtype)
 
 
-def pack(layer: Linear, weight: Tensor | None = None, eight: torch.dtype | None = None) -> None:
+def pack(layer: Linear, weight: Tensor | None = None, narrow: torch.dtype | None = None) -> None:
     """Holds a layer's weight (or `weight` in its place) in the form that suits inference, and frees the original. That
-    is oneDNN's layout on a CPU where it pays; with eight=torch.int8 8 bits on any CPU; with FLOAT8 8-bit floats."""
+    is oneDNN's layout on a CPU where it pays; or the narrower dtype that `narrower` gives."""
     weight = layer.weight if weight is None else weight
-    if eight is None and not packs(weight.device, weight.dtype):
+    if narrow is None and not packs(weight.device, weight.dtype):
         layer.weight = nn.Parameter(weight, requires_grad=False)
         return
     packed: Any
-    if eight == FLOAT8:
+    if narrow == FLOAT8:
         packed, layer.__class__ = Float8(*to_float8(weight.detach()), weight.dtype), Float8Linear
-    elif eight:
+    elif narrow == torch.int8:
         packed, layer.__class__ = onednn.quantize(weight), Int8Linear
+    elif narrow:
+        packed, layer.__class__ = half.pack(weight, narrow), HalfLinear
     else:
         packed, layer.__class__ = onednn.pack(weight, layer.parts), PackedLinear
     del layer.weight
@@ -238,6 +243,15 @@ def pack(layer: Linear, weight: Tensor | None = None, eight: torch.dtype | None 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `pack` packs a weight of this device and dtype."""
     return backend_for("linear", device, dtype) == "onednn"
+
+
+def narrower(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """`dtype`, if inference only holds weights in it and computes in another one: 8 bits; and 16 bits on a CPU that has
+    no fast products of them, unless plain torch is asked for."""
+    if dtype in (torch.int8, FLOAT8):
+        return dtype
+    slow = device.type == "cpu" and dtype != torch.float32 and not onednn.supported(dtype)
+    return dtype if slow and wanted() in HalfLinear._backends else None
 
 
 def has_float8(device: torch.device) -> bool:

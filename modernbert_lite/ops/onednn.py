@@ -40,6 +40,32 @@ class Int8(NamedTuple):
         rows = self.numbers.to_dense().t().contiguous() if self.numbers.is_mkldnn else self.numbers
         return rows.float().mul_(self.scale[:, None])
 
+    @property
+    def fast(self) -> bool:
+        return self.numbers.is_mkldnn
+
+    @not_compiled
+    def linear(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """x (T, K) fp32 @ weight^T + bias + residual (T, M) -> (T, M)."""
+        out = x.new_empty(len(x), len(self.scale))
+        for rows, numbers, scale in _quantized_rows(x):
+            product = _int8_product(numbers, self)
+            if residual is None:
+                torch.mul(product, scale, out=out[rows])
+            else:
+                torch.addcmul(residual[rows], product, scale, out=out[rows])
+        return out if bias is None else out.add_(bias)
+
+    @not_compiled
+    def gated(self, x: Tensor, bias: Tensor | None, function: Activation, swapped: bool) -> Tensor:
+        """`reference.geglu` of `linear`: (T, N)."""
+        out = x.new_empty(len(x), len(self.scale) // 2)
+        for rows, numbers, scale in _quantized_rows(x):
+            product = _int8_product(numbers, self).mul_(scale)
+            activated, gate = (product if bias is None else product.add_(bias)).chunk(2, -1)[:: -1 if swapped else 1]
+            torch.mul(function(activated.contiguous()), gate, out=out[rows])
+        return out
+
 
 def pack(weight: Tensor, parts: int = 1) -> list[Tensor]:
     """(M, K) fp32, bf16 or fp16 -> the same numbers in oneDNN's layout, in `parts` pieces of M / parts rows."""
@@ -97,30 +123,6 @@ def gated(
     return out
 
 
-@not_compiled
-def linear_int8(x: Tensor, weight: Int8, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """x (T, K) fp32 @ weight (M, K)^T + bias + residual (T, M) -> (T, M)."""
-    out = x.new_empty(len(x), len(weight.scale))
-    for rows, numbers, scale in _quantized_rows(x):
-        product = _int8_product(numbers, weight)
-        if residual is None:
-            torch.mul(product, scale, out=out[rows])
-        else:
-            torch.addcmul(residual[rows], product, scale, out=out[rows])
-    return out if bias is None else out.add_(bias)
-
-
-@not_compiled
-def gated_int8(x: Tensor, weight: Int8, bias: Tensor | None, function: Activation, swapped: bool) -> Tensor:
-    """`reference.geglu` of `linear_int8`: (T, N)."""
-    out = x.new_empty(len(x), len(weight.scale) // 2)
-    for rows, numbers, scale in _quantized_rows(x):
-        product = _int8_product(numbers, weight).mul_(scale)
-        activated, gate = (product if bias is None else product.add_(bias)).chunk(2, -1)[:: -1 if swapped else 1]
-        torch.mul(function(activated), gate, out=out[rows])
-    return out
-
-
 def _products(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """x (T, K) @ weight^T + bias, one block of rows at a time. Yields the rows, and their product (n, M)."""
     biases = [None] * len(parts) if bias is None else bias.chunk(len(parts))
@@ -135,11 +137,11 @@ def _blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
     oneDNN builds kernels for each pair of a weight's shape and a number of rows. Each takes 0.5 to 1 ms to build, and
     keeps half a megabyte. Nearly every batch of ragged texts has a new number of tokens.
     """
-    for rows in _slices(len(x)):
+    for rows in slices(len(x)):
         yield rows, _with_spare_rows(x[rows])
 
 
-def _slices(count: int, blocks: Sequence[int] = _BLOCKS) -> Iterator[slice]:
+def slices(count: int, blocks: Sequence[int] = _BLOCKS) -> Iterator[slice]:
     """700 -> slice(0, 512), slice(512, 700)"""
     start = 0
     while start < count:
@@ -166,7 +168,7 @@ def _quantized_rows(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     The scale is per row, not per batch: a text's numbers don't depend on the texts beside it. The numbers are unsigned,
     because oneDNN's products of signed activations were seen to hang.
     """
-    for rows in _slices(len(x), _BLOCKS[1:]):  # what lies between the numbers and the result stays in the caches
+    for rows in slices(len(x), _BLOCKS[1:]):  # what lies between the numbers and the result stays in the caches
         part = x[rows]
         scale = part.abs().amax(1, keepdim=True).div_(127).clamp_(min=_TINY)
         numbers = (part * scale.reciprocal()).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
@@ -207,8 +209,6 @@ def works(dtype: torch.dtype) -> bool:
     product = F.linear(x, weight, bias)
     try:
         if not supported(dtype):
-            name = str(dtype).removeprefix("torch.")
-            warn(f"this CPU has no fast {name} products; float32 or int8 may be faster")
             return False
         x16, bias16 = x.to(dtype), bias.to(dtype)
         (packed,) = pack(weight.to(dtype))

@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from cli_cases import TEXTS, assert_one_line, expected, jsonl, run  # noqa: F401
 
 import modernbert_lite
 from modernbert_lite import Embedder
+from modernbert_lite.ops import half, onednn
 
 
 def test_rerank_without_a_model_ranks_by_cosine_and_says_so(run):
@@ -123,6 +125,19 @@ def test_doctor(run):
     for what in ("torch", "device", "backend of linear", "backend of attention", "C compiler for Triton", "threads"):
         assert re.search(rf"^{what} +\S", result.text, re.MULTILINE), what
     assert "self-check passed" in result.text
+    if re.search(r"^device +cpu$", result.text, re.MULTILINE):
+        for dtype in ("float32", "float16", "bfloat16", "int8"):
+            assert re.search(rf"^{dtype} on this CPU +\w.*: [1-9]\d* GFLOP/s *$", result.text, re.MULTILINE), dtype
+
+
+def test_doctor_says_what_a_cpu_without_products_in_16_bits_and_8_bits_does(run, monkeypatch):
+    monkeypatch.setattr(onednn, "supported", lambda dtype: dtype == torch.float32)
+    for fbgemm in {half.works(), False}:
+        monkeypatch.setattr(half, "works", lambda known=fbgemm: known)
+        more, text = "" if fbgemm else ", converted for each product", run("doctor").text
+        for dtype in ("float16", "bfloat16"):
+            line = rf"^{dtype} on this CPU +weights in 16 bits, sums in float32{more}: [1-9]\d* GFLOP/s *$"
+            assert re.search(line, text, re.MULTILINE), text
 
 
 def test_doctor_fails_when_the_numbers_are_wrong(run, monkeypatch):

@@ -74,7 +74,7 @@ def layer_of(weight, bias=None, parts=1, int8=False) -> Linear:
     layer.weight.data = weight
     if bias is not None:
         layer.bias.data = bias
-    pack(layer, eight=torch.int8 if int8 else None)
+    pack(layer, narrow=torch.int8 if int8 else None)
     return layer
 
 

@@ -27,7 +27,7 @@ def rows(*shape: int, seed: int = 0) -> torch.Tensor:
 def packed_layer(K: int = 48, M: int = 96, bias: bool = True, dtype: torch.dtype = torch.float32) -> Float8Linear:
     layer = Linear(K, M, bias).requires_grad_(False).to(dtype)
     layer.weight.copy_(rows(M, K, seed=1))
-    linear.pack(layer, eight=FLOAT8)
+    linear.pack(layer, narrow=FLOAT8)
     assert type(layer) is Float8Linear
     return layer
 

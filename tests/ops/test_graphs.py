@@ -212,7 +212,7 @@ def test_packed_weights_may_be_unpacked(captures):
     """The graph would read memory that nobody holds any more."""
     model = small_model(1)
     packed = model.layers[0].mlp.Wi
-    linear.pack(packed, eight=linear.FLOAT8)
+    linear.pack(packed, narrow=linear.FLOAT8)
     graphed = graphs.Graphed(model)
     for _ in range(3):
         graphed(batch_of(20))

@@ -45,10 +45,12 @@ def test_8_bit_products_are_as_exact_as_8_bits_allow(int8, tokens, bias):
 def test_8_bit_products_of_a_row_do_not_depend_on_the_rows_beside_it(int8):
     x, layer = randn(700, 96), layer_of(randn(74, 96, seed=1), int8=True)
     x[1] *= 1e6
-    together = layer(x)
+    together, gated = layer(x), layer.gated(x, "gelu")
     for rows in (slice(0, 1), slice(5, 40), slice(511, 514)):
         difference = (layer(x[rows]) - together[rows]).abs().max()
         assert difference <= (0 if int8 == "packed" else 2e-5)
+        difference = (layer.gated(x[rows], "gelu") - gated[rows]).abs().max()
+        assert difference <= (0 if int8 == "packed" else 2e-5 * gated.abs().max())
 
 
 @torch.inference_mode()

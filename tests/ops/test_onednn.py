@@ -181,16 +181,6 @@ def test_the_gain_is_measured_in_a_few_milliseconds(unprobed):
     assert 0.1 < onednn.gain() < 10
 
 
-def test_bf16_on_a_cpu_without_it_is_torch_s_own_with_one_warning(make_checkpoint, monkeypatch, unprobed):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    folder, _ = make_checkpoint(**SMALL_VOCAB)
-    with pytest.warns(UserWarning, match="this CPU has no fast bfloat16 products") as caught:
-        networks = [ml.load_model(folder, device="cpu", dtype="bfloat16") for _ in range(2)]
-    assert len(caught) == 1
-    assert not is_packed(networks[0])
-    assert networks[0](ml.pack(token_ids(70))).isfinite().all()
-
-
 def test_without_avx512_everything_still_works():
     """A CPU of 2013, as far as oneDNN and torch play it: right, in fp32, bf16 and int8."""
     code = """

@@ -40,7 +40,7 @@ def packed(weight: torch.Tensor, dtype: str, parts: int) -> Linear:
         pytest.skip(f"no oneDNN products in {dtype} here")
     layer = Linear(weight.shape[1], len(weight), False, parts).requires_grad_(False).eval()
     layer.weight.data = weight if dtype == "int8" else weight.to(getattr(torch, dtype))
-    pack(layer, eight=torch.int8 if dtype == "int8" else None)
+    pack(layer, narrow=torch.int8 if dtype == "int8" else None)
     return layer
 
 

@@ -36,7 +36,7 @@ from gte_cases import (  # noqa: F401
 )
 
 import modernbert_lite as ml
-from modernbert_lite.ops.linear import Int8Linear
+from modernbert_lite.ops.linear import Int8Linear, narrower
 
 HEADS_OF_64 = {"hidden_size": 128, "num_attention_heads": 2}
 
@@ -232,7 +232,7 @@ def test_half_precision_is_as_near_to_fp32_as_transformers(make, monkeypatch, ar
     exact = expected_of(reference, rows)
     theirs = expected_of(copy.deepcopy(reference).to(dtype), rows).float()
     got = ml.load_model(folder, dtype=dtype)(ml.pack(rows))
-    assert got.dtype == dtype
+    assert got.dtype == (torch.float32 if narrower(got.device, dtype) else dtype)  # see test_half.py
     assert difference(got, exact) <= 2 * difference(theirs, exact) + 1e-6
 
 

@@ -21,6 +21,7 @@ from gte_cases import (  # noqa: F401
 )
 
 import modernbert_lite as ml
+from modernbert_lite.ops.linear import narrower
 
 
 def plainly(folder, rows, types=None):
@@ -81,7 +82,7 @@ def test_what_transformers_lacks_in_half_precision(make, variant, dtype):
     vary(folder, variant)
     batch = ml.pack(sequences())
     got, exact = ml.load_model(folder, dtype=dtype)(batch), ml.load_model(folder)(batch)
-    assert got.dtype == dtype
+    assert got.dtype == (torch.float32 if narrower(got.device, dtype) else dtype)  # see test_half.py
     assert torch.cosine_similarity(got.double(), exact.double()).min() >= 0.999
 
 

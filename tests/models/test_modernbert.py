@@ -13,6 +13,7 @@ import modernbert_lite as ml
 from modernbert_lite.checkpoint.folder import Folder
 from modernbert_lite.checkpoint.weights import load_weights
 from modernbert_lite.models.modernbert import FULL, SLIDING, ModernBert, ModernBertConfig
+from modernbert_lite.ops.linear import narrower
 
 LENGTHS = [1, 2, 63, 64, 65, 66, 127, 128, 129, 130, 257, 1025]
 
@@ -232,7 +233,7 @@ def test_half_precision_is_as_near_to_fp32_as_transformers(make, dtype, activati
     model = ml.load_model(folder, dtype=dtype)
     batch = ml.pack(rows)
     got = model(batch)
-    assert got.dtype == dtype
+    assert got.dtype == (torch.float32 if narrower(got.device, dtype) else dtype)  # see test_half.py
     assert difference(got, exact) <= 2 * difference(theirs, exact) + 1e-6
     for ours, right in zip(ml.unpack(got.float(), batch.cu_seqlens), exact.split(batch.seqlens), strict=True):
         assert torch.cosine_similarity(ours.mean(0), right.mean(0), dim=0) >= 0.999

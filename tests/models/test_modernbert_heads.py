@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 import modernbert_lite as ml
 from modernbert_lite.models.registry import architectures, network_class
+from modernbert_lite.ops.linear import narrower
 
 VOCAB = 997
 LENGTHS = [65, 1, 130, 66, 66, 2, 31]
@@ -161,7 +162,7 @@ def test_heads_in_half_precision_are_as_near_to_fp32_as_transformers(make, archi
     exact = logits(reference, ids, mask)[real]
     theirs = logits(reference.to(dtype), ids, mask)[real].float()
     got = ml.load_model(folder, dtype=dtype)(ml.pack(rows))
-    assert got.dtype == dtype
+    assert got.dtype == (torch.float32 if narrower(got.device, dtype) else dtype)  # see test_half.py
     assert (got.float() - exact).abs().max() <= 2 * (theirs - exact).abs().max() + 1e-6
 
 

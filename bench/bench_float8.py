@@ -49,7 +49,7 @@ def in_float8(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for layer in model.modules():
         if isinstance(layer, Linear) and layer.out_features > layer.in_features:
-            pack(layer, eight=FLOAT8)
+            pack(layer, narrow=FLOAT8)
     return model
 
 

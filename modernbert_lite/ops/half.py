@@ -49,14 +49,16 @@ class Half(NamedTuple):
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def pack(weight: Tensor, dtype: torch.dtype) -> Half:
-    """Holds a weight (M, K) in 16 bits. FBGEMM has those of float16, which are 8 times finer than bfloat16's. A weight
-    that they don't fit is a tensor of `dtype`: some number is too large, or all of a row are too small."""
-    most = weight.detach().abs().amax(1)
+def pack(weight: Tensor) -> Half:
+    """Holds a weight (M, K) in float16, which is 8 times finer than bfloat16. In bfloat16 if float16 doesn't fit: some
+    number is too large, or all of a row are too small."""
+    weight = weight.detach()
+    most = weight.abs().amax(1)
     # From 2^-14 on, float16 has all its bits. Below, it is off by 2^-25 at most: less than bfloat16 is off at 2^-14.
-    if works() and bool(((most == 0) | ((most >= 2**-14) & (most <= 65504))).all()):
-        return Half(torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), None), True)
-    return Half(weight.detach().to(dtype, copy=True), False)
+    fits = bool(((most == 0) | ((most >= 2**-14) & (most <= 65504))).all())
+    if fits and works():
+        return Half(torch.ops.quantized.linear_prepack_fp16(weight.float(), None), True)
+    return Half(weight.to(torch.float16 if fits else torch.bfloat16, copy=True), False)
 
 
 @functools.cache

@@ -233,7 +233,7 @@ def pack(layer: Linear, weight: Tensor | None = None, narrow: torch.dtype | None
     elif narrow == torch.int8:
         packed, layer.__class__ = onednn.quantize(weight), Int8Linear
     elif narrow:
-        packed, layer.__class__ = half.pack(weight, narrow), HalfLinear
+        packed, layer.__class__ = half.pack(weight), HalfLinear
     else:
         packed, layer.__class__ = onednn.pack(weight, layer.parts), PackedLinear
     del layer.weight

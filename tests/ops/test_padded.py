@@ -88,6 +88,9 @@ def test_groups_hold_every_text_once_and_are_padded_to_twice_their_tokens_at_mos
             part = lengths[first:last]
             full = sum(n > 0 for n in part) == 1  # a text that is alone, but for empty ones
             assert full or (len(part) * max(part) <= min(2 * sum(part), 1 << 16) and max(part) <= 512)
+    for length in (1, 3, 7, 8, 9):  # the width is rounded up
+        for first, last in padded.groups([length] * 70_000):
+            assert (last - first) * -(-length // 8) * 8 <= 1 << 16
     assert list(padded.groups([64, 60, 9, 9, 9, 8])) == [(0, 4), (4, 6)]
     assert list(padded.groups([0, 0])) == []
     assert list(padded.groups([600, 600, 5, 4])) == [(0, 1), (1, 2), (2, 4)]

@@ -106,8 +106,8 @@ def load_model(
     the card has no bfloat16). A CPU without products of 16 bits by 16 only holds linear weights in 16 bits; it computes
     in float32, and so are the results. "int8", on the CPU only, holds the layers' weights in 8 bits with a scale per
     row, and the rest in float32. "float8", on NVIDIA's cards from Ada and Hopper on, holds the weights of the two wide
-    products of each layer in 8-bit floats (e4m3) with a scale per row, and the rest in bfloat16. Its numbers are not
-    bfloat16's: see docs/gpu.md. On the CPU it shows, slowly, what those numbers are.
+    products of each layer in 8-bit floats (e4m3) with a scale per row, and the rest in bfloat16 (docs/gpu.md; slow on a
+    CPU).
 
     packed: on the CPU, linear weights are held only in the layout that the CPU's matrix products use
     (ops.linear.PackedLinear), and the embedding table as the file stores it. False keeps plain tensors of one dtype,

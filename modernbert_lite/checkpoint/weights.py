@@ -62,7 +62,7 @@ def load_weights(
     linears = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
     packing = packed and packs(device, dtype)
     # One buffer for all tensors that are packed. A buffer per tensor would leave holes that are too small for the next.
-    # On a card no buffer is needed: each tensor goes there at once, and the card's allocator leaves no holes.
+    # (On a card each tensor goes there at once.)
     most = max(math.prod(expected[name]) for name in linears) if packing or narrow else 0
     buffer = torch.empty(most, dtype=dtype, device="cpu") if device.type == "cpu" else None
     state = {}

@@ -23,18 +23,12 @@ from ..checkpoint.folder import open_safetensors
 from ..checkpoint.open import Checkpoint, pick_device, pick_dtype
 from ..checkpoint.sentence import Late
 from ..checkpoint.sparse import SparseConfig, Splade, Static
-from ..models.fields import Config
 from ..ops.choose import OPS, backend
-from ..ops.linear import Linear, narrower, pack
+from ..ops.linear import HalfLinear, Int8Linear, Linear, PackedLinear, narrower, pack
 from ..ops.threads import available, set_threads
 from ..reading import DTYPES, printable
 
-_FORMS = {
-    "Linear": "torch's product",
-    "PackedLinear": "oneDNN's product",
-    "HalfLinear": "weights in 16 bits, sums in float32",
-    "Int8Linear": "weights and tokens in 8 bits",
-}
+_FORMS = {Linear: "torch", PackedLinear: "oneDNN", HalfLinear: "16-bit weights, float32 sums", Int8Linear: "8 bits"}
 _SELF_CHECK_TEXTS = ["A man is playing a guitar.", "Someone plays an instrument.", "Stocks fell on Monday."]
 
 
@@ -42,24 +36,22 @@ def describe(path_or_id: str, **hub: Any) -> dict[str, Any]:
     """Facts about a checkpoint, from its configs and the headers of its safetensors. No weight is read."""
     checkpoint = Checkpoint.find(path_or_id, **hub)
     root, config, sentence = checkpoint.root, checkpoint.config, checkpoint.sentence
-    stored, parameters = Counter[str](), 0
-    files = checkpoint.files.weight_files(checkpoint.folder)
-    for path in files:
+    stored = Counter[str]()
+    for path in checkpoint.files.weight_files(checkpoint.folder):
         file = open_safetensors(path)
         for key in file.keys():  # noqa: SIM118  not a dict
             part = file.get_slice(key)
-            count = int(np.prod(part.get_shape()))
-            parameters += count
-            stored[part.get_dtype()] += count
+            stored[part.get_dtype()] += int(np.prod(part.get_shape()))
     pooling = sentence.pooling
+    wide = sum(config.window_size(layer) == (-1, -1) for layer in range(config.num_hidden_layers))
     return {
         "folder": str(checkpoint.root),
         "architecture": config.architecture + ("" if config.names_architecture else " (config.json names none)"),
         "use": checkpoint.use + _calls(checkpoint),
-        "parameters": parameters,
+        "parameters": sum(stored.values()),
         "stored as": ", ".join(stored),
         "hidden size": config.hidden_size,
-        "layers": f"{config.num_hidden_layers} ({_global_layers(config)} global)",
+        "layers": f"{config.num_hidden_layers} ({wide} global)",
         "heads": f"{config.num_attention_heads} x {config.head_dim}",
         "intermediate size": config.intermediate_size,
         "vocabulary": config.vocab_size,
@@ -85,10 +77,6 @@ def _files(root: Path) -> dict[str, int]:
             if path.is_file():
                 sizes[printable(path.relative_to(root).as_posix(), 200)] = path.stat().st_size
     return sizes
-
-
-def _global_layers(config: Config) -> int:
-    return sum(config.window_size(layer) == (-1, -1) for layer in range(config.num_hidden_layers))
 
 
 def _calls(checkpoint: Checkpoint) -> str:
@@ -156,8 +144,9 @@ def _speed(name: str) -> str:
     while (start := time.perf_counter()) < end:
         layer(x)
         best = min(best, time.perf_counter() - start)
-    how = _FORMS[type(layer).__name__] + ("" if getattr(layer, "fast", True) else ", converted for each product")
-    return f"{how}: {2 * 128 * 768 * 2304 / best / 1e9:.0f} GFLOP/s"
+    slow = isinstance(layer, HalfLinear) and not layer._packed.fast
+    speed = 2 * 128 * 768 * 2304 / best / 1e9
+    return f"{_FORMS[type(layer)]}{', converted for each product' * slow}: {speed:.0f} GFLOP/s"
 
 
 def _compiler() -> str:
@@ -170,10 +159,8 @@ def _compiler() -> str:
 
 
 def self_check() -> str:
-    """Embeds three texts with the bundled model, on this machine's backends and on the reference.
-
-    Raises RuntimeError if they differ, or if the vectors make no sense.
-    """
+    """Embeds three texts with the bundled model, on this machine's backends and on the reference. Raises RuntimeError
+    if they differ, or if the vectors make no sense."""
     from ..embedder import Embedder
 
     start = time.perf_counter()
@@ -191,7 +178,5 @@ def self_check() -> str:
             f"self-check failed: cosine {cosine:.6f} to the reference (at least 0.999 is right), similarity {near:.3f} "
             f"of like texts and {far:.3f} of unlike ones. Try MODERNBERT_LITE_BACKEND=torch, and report this table"
         )
-    return (
-        f"self-check passed: cosine {cosine:.6f} to the reference; loaded in {loaded - start:.2f} s, "
-        f"embedded in {done - loaded:.2f} s"
-    )
+    times = f"loaded in {loaded - start:.2f} s, embedded in {done - loaded:.2f} s"
+    return f"self-check passed: cosine {cosine:.6f} to the reference; {times}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..batch import PackedBatch
 from ..ops import reference as ops
-from ..ops.linear import Linear, PackedLinear, refuse_training
+from ..ops.linear import Linear, PackedLinear
 from ..ops.rope import Turn
 from ..reading import CheckpointError
 from .fields import Config
@@ -19,8 +19,8 @@ class Network(nn.Module):
     raises TypeError if the weights are packed for inference."""
 
     def requires_grad_(self, requires_grad: bool = True) -> Network:
-        if requires_grad and any(isinstance(module, PackedLinear) for module in self.modules()):
-            refuse_training()
+        for module in [m for m in self.modules() if isinstance(m, PackedLinear)]:
+            module.requires_grad_(requires_grad)  # raises
         super().requires_grad_(requires_grad)
         return self
 

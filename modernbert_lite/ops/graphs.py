@@ -209,9 +209,8 @@ class _Device:
         self.done.synchronize()
 
     def room_for(self, result: Tensor) -> Tensor:
-        """Memory for a graph's result. All graphs share one block, because each replay copies its result out of the
-        block at once. A block per graph would cost 50 MB per graph. When a result is larger than the block, a larger
-        block is made. Graphs that were captured before keep the smaller one."""
+        """A block of memory for a graph's result. All graphs share it, because a replay copies its result at once: a
+        block per graph would be 50 MB each. For a larger result a larger block is made. Earlier graphs keep theirs."""
         if self.room.numel() < result.nbytes:
             self.room = torch.empty(1 << (result.nbytes - 1).bit_length(), dtype=torch.uint8, device=self.device)
         return self.room[: result.nbytes].view(result.dtype).view(result.shape)

@@ -111,7 +111,8 @@ class PackedLinear(Linear):
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedLinear:
         if requires_grad:
-            refuse_training()
+            what = "this network's weights are packed for inference: they can't be trained"
+            raise TypeError(f"{what}; load it with packed=False")
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -142,23 +143,18 @@ class PackedLinear(Linear):
 
 
 class HalfLinear(PackedLinear):
-    """A PackedLinear whose weight has 16 bits, for CPUs that have no fast products of 16 bits by 16. x is fp32."""
+    """A PackedLinear whose weight has fewer bits than x, which is fp32: 16, on a CPU without products of 16 bits."""
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32
+        return getattr(self._packed, "dtype", torch.float32)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """(M, K), made for each call."""
         return self._packed.dense()
 
     def _fits(self, x: Tensor, *others: Tensor | None) -> bool:
-        return super()._fits(x, *others) and self.fast
-
-    @property
-    def fast(self) -> bool:
-        return self._packed.fast
+        return super()._fits(x, *others) and self._packed.fast
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self._fits(x, residual):
@@ -194,20 +190,16 @@ class Float8(NamedTuple):
 
 
 class Float8Linear(HalfLinear):
-    """The same in 8-bit floats, for a card. Weight and x have a scale per row. A CPU multiplies the same numbers in
-    fp32: slowly, to see what they cost in accuracy."""
+    """The same in 8-bit floats, with a scale per row of weight and x, for a card. A CPU takes it slowly, as a trial."""
 
     _backends = BACKENDS
     gated, normed = Linear.gated, Linear.normed
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._packed.dtype
-
     def part(self, x: Tensor, rows: slice) -> Tensor:
-        numbers, scale, *rest = self._packed
-        bias = None if self.bias is None else self.bias[rows]
-        return Float8(numbers[rows], scale[rows], *rest).linear(x, bias) if self._fits(x) else super().part(x, rows)
+        if not self._fits(x):
+            return super().part(x, rows)
+        weight = Float8(self._packed.numbers[rows], self._packed.scale[rows], self.dtype)
+        return weight.linear(x, None if self.bias is None else self.bias[rows])
 
 
 def _scaled(x: Tensor, of_x: Tensor, y: Tensor, of_y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -265,7 +257,3 @@ def _plain(in_features: int, out_features: int, parts: int, weight: Tensor, bias
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = bias  # type: ignore[assignment]
     return layer.eval()
-
-
-def refuse_training() -> None:
-    raise TypeError("this network's weights are packed for inference: they can't be trained; load it with packed=False")

@@ -35,25 +35,20 @@ def attention(qkv: Tensor, heads: int, batch: PackedBatch, window_size: tuple[in
 
 
 def groups(seqlens: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """[first, last) of neighbouring sequences. Padding to the longest at most doubles the tokens of a group. With the
-    width rounded up, a group has at most _MOST padded tokens. A long sequence is alone.
+    """[first, last) of neighbouring sequences. Padding to the longest at most doubles the tokens. A long one is alone.
 
     [64, 60, 9, 9, 9, 8] -> (0, 4), (4, 6)
     """
     first = longest = total = 0
     for i, n in enumerate(seqlens):
         longest, total = max(longest, n), total + n
-        count = i + 1 - first
-        full = count * longest > 2 * total or count * _width(longest) > _MOST or longest > SHORT
+        count, wide = i + 1 - first, -(-longest // 8) * 8
+        full = count * longest > 2 * total or count * wide > _MOST or longest > SHORT
         if full and total > n:  # what is before it has tokens
             yield first, i
             first, longest, total = i, n, n
     if total:
         yield first, len(seqlens)
-
-
-def _width(longest: int) -> int:
-    return -(-longest // 8) * 8  # masks of other widths are copied
 
 
 def _masks(batch: PackedBatch, first: int, last: int, window_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +58,7 @@ def _masks(batch: PackedBatch, first: int, last: int, window_size: tuple[int, in
     if key not in batch.cache:
         device, lengths = batch.cu_seqlens.device, torch.tensor(batch.seqlens[first:last], device="cpu")
         keys = lengths if batch.key_seqlens is None else torch.tensor(batch.key_seqlens[first:last], device="cpu")
-        S = _width(int(lengths.max()))
+        S = -(-int(lengths.max()) // 8) * 8  # masks of other widths are copied
         gaps = torch.arange(0, S * len(lengths), S, device="cpu") - (lengths.cumsum(0) - lengths)
         places = torch.arange(int(lengths.sum()), device="cpu") + gaps.repeat_interleave(lengths)
         token = torch.arange(S, device=device)

@@ -60,8 +60,7 @@ POOLING: dict[str, Callable[[Tensor, PackedBatch], Tensor]] = {
 
 
 def rows(batch: PackedBatch, modes: Sequence[str]) -> Tensor | None:
-    """The index of one token per sequence, (B,), if the pooling takes no other: the network may skip them. Else
-    None."""
+    """(B,): the index of the one token per sequence that the pooling takes. None if the pooling takes several."""
     if len(modes) != 1 or modes[0] not in _ROWS:
         return None
     _no_empty(batch, modes[0])

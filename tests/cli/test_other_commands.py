@@ -136,7 +136,7 @@ def test_doctor_says_what_a_cpu_without_products_in_16_bits_and_8_bits_does(run,
         monkeypatch.setattr(half, "works", lambda known=fbgemm: known)
         more, text = "" if fbgemm else ", converted for each product", run("doctor").text
         for dtype in ("float16", "bfloat16"):
-            line = rf"^{dtype} on this CPU +weights in 16 bits, sums in float32{more}: [1-9]\d* GFLOP/s *$"
+            line = rf"^{dtype} on this CPU +16-bit weights, float32 sums{more}: [1-9]\d* GFLOP/s *$"
             assert re.search(line, text, re.MULTILINE), text
 
 

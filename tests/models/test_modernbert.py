@@ -223,17 +223,18 @@ def test_real_size_layers_equal_transformers(make):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
-def test_half_precision_is_as_near_to_fp32_as_transformers(make, dtype, activation):
+@pytest.mark.parametrize("packed", [True, False])
+def test_half_precision_is_as_near_to_fp32_as_transformers(make, dtype, activation, packed):
     folder, reference = make(hidden_activation=activation)
     rows = sequences([66, 130, 1, 257, 64])
     ids, mask = padded(rows, "right")
     exact = hidden(reference, ids, mask)[mask.bool()]
     theirs = hidden(reference.to(dtype), ids, mask)[mask.bool()].float()
 
-    model = ml.load_model(folder, dtype=dtype)
+    model = ml.load_model(folder, dtype=dtype, packed=packed)
     batch = ml.pack(rows)
     got = model(batch)
-    assert got.dtype == (torch.float32 if narrower(got.device, dtype) else dtype)  # see test_half.py
+    assert got.dtype == (torch.float32 if packed and narrower(got.device, dtype) else dtype)  # see test_half.py
     assert difference(got, exact) <= 2 * difference(theirs, exact) + 1e-6
     for ours, right in zip(ml.unpack(got.float(), batch.cu_seqlens), exact.split(batch.seqlens), strict=True):
         assert torch.cosine_similarity(ours.mean(0), right.mean(0), dim=0) >= 0.999
